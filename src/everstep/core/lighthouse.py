@@ -1,0 +1,274 @@
+"""The lighthouse's side of the protocol for one job (rules G1 to G8 of DESIGN 4.4).
+
+It never takes part in a step. It learns of failures, opens numbered rounds, decides them from the members' answers,
+and proposes growing or shrinking quorums. What must survive its own death is returned as Persist before the messages
+that rest on it.
+"""
+
+import dataclasses
+
+from everstep.core.admission import Admission
+from everstep.core.failure_detector import FailureDetector
+from everstep.core.founding import GONE_FOR_CERTAIN, FoundingDesk
+from everstep.core.lighthouse_state import JobConfig, JobState
+from everstep.core.messages import (
+    Adopted,
+    Cause,
+    Close,
+    Drain,
+    Effect,
+    Failed,
+    Goodbye,
+    Heartbeat,
+    Hello,
+    JournalRecord,
+    Log,
+    Ready,
+    Refused,
+    ToLighthouse,
+)
+from everstep.core.reconfiguration import Reconfigurer
+from everstep.core.roster import Peer, Roster
+from everstep.core.types import MemberId, Phase, QuorumId, RefusalCode
+
+__all__ = ["Event", "JobConfig", "LighthouseMachine", "LinkClosed", "LinkMessage", "LinkOpened", "StartNewHistory"]
+
+
+@dataclasses.dataclass(frozen=True)
+class LinkOpened:
+    """A connection for this job was authenticated; its first message will be Hello."""
+
+    link: int
+
+
+@dataclasses.dataclass(frozen=True)
+class LinkClosed:
+    link: int
+    detail: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class LinkMessage:
+    link: int
+    message: ToLighthouse
+
+
+@dataclasses.dataclass(frozen=True)
+class StartNewHistory:
+    """The operator gives up the state that the job has in memory."""
+
+
+Event = LinkOpened | LinkClosed | LinkMessage | StartNewHistory
+
+
+class LighthouseMachine:
+    """One job. Links are numbered by the shell; a closed link's number never comes back."""
+
+    def __init__(self, config: JobConfig, record: JournalRecord | None = None) -> None:
+        self._config = config
+        self._state = JobState(config, record)
+        self._roster = Roster()
+        self._joiners: dict[MemberId, None] = {}
+        self._detector = FailureDetector(config.detector_policy)
+        self._changes = Reconfigurer(self._state, self._roster, self._joiners)
+        self._founding = FoundingDesk(self._state, self._roster, self._joiners)
+        self._admission = Admission(self._state, self._roster, self._joiners, self._detector, self._changes)
+
+    # ---- the machine contract
+
+    def start(self, now: float) -> list[Effect]:
+        """Take the next epoch. Members of the journal's quorum have `return_timeout_s` to connect."""
+        for member in self._state.known_members:
+            self._detector.watch(member, now + self._config.return_timeout_s - self._config.heartbeat_timeout_s)
+        fields: dict[str, object] = {"epoch": self._state.epoch, "history": self._state.history or "none"}
+        return [self._state.persist(), Log("lighthouse started", fields)]
+
+    def receive(self, event: Event, now: float) -> list[Effect]:
+        out: list[Effect] = []
+        match event:
+            case LinkMessage(link, message):
+                out += self._message(link, message, now)
+            case LinkClosed(link, detail):
+                out += self._link_closed(link, detail, now)
+            case StartNewHistory():
+                out += [Log("new history", {"given_up": self._state.history}), *self._founding.forget_history()]
+            case LinkOpened():
+                pass
+        return out + self.tick(now)
+
+    def tick(self, now: float) -> list[Effect]:
+        out: list[Effect] = []
+        for suspicion in self._detector.expire(now):
+            cause = Cause.LEFT if suspicion.member in self._state.departed else suspicion.cause
+            out += self._changes.suspect(suspicion.member, cause, suspicion.detail, now)
+            out += self._admission.admit_contenders_of(suspicion.member.replica_id, now)
+        if self._state.round is not None and now >= self._state.round.deadline:
+            out += self._changes.give_up_waiting(now)
+        out += self._end_if_all_left()
+        out += self._founding.abandon_lost_history()
+        out += self._founding.try_found(now)
+        return out
+
+    def next_deadline(self) -> float | None:
+        deadlines = [self._detector.next_deadline(), self._founding.next_deadline()]
+        if self._state.round is not None:
+            deadlines.append(self._state.round.deadline)
+        return min((d for d in deadlines if d is not None), default=None)
+
+    # ---- messages
+
+    def _message(self, link: int, message: ToLighthouse, now: float) -> list[Effect]:
+        if isinstance(message, Hello):
+            return self._admission.hello(link, message, now)
+        peer = self._roster.on(link)
+        if peer is None:
+            if self._admission.is_contending(link):
+                return []
+            return [Close(link, f"{type(message).__name__} before Hello")]
+        peer.heard_at = now
+        self._detector.heard(peer.member, now)
+        out = self._admission.judge_contenders(peer, now)
+        match message:
+            case Heartbeat():
+                peer.heartbeat = message
+            case Ready():
+                if self._state.round is not None and message.round == self._state.round.id:
+                    if message.report.member != peer.member:
+                        return [Close(link, f"Ready of {message.report.member} from {peer.member}")]
+                    out += self._changes.ready(message.report, now)
+            case Adopted(quorum_id):
+                out += self._adopted(quorum_id, now)
+            case Failed():
+                out += self._failed(peer, message, now)
+            case Drain():
+                out += self._drain(peer)
+            case Goodbye(reason):
+                out += self._goodbye(peer, reason, now)
+        return out
+
+    def _adopted(self, quorum_id: QuorumId, now: float) -> list[Effect]:
+        state = self._state
+        out: list[Effect] = []
+        if not self._changes.learn(quorum_id, out):
+            return out
+        assert state.current is not None
+        if state.round is not None:
+            return out + self._changes.restate_round(now)
+        dead = [m for m in state.current.member_ids if m in state.suspects]
+        if dead:
+            return out + self._changes.open_round(tuple(dead), state.suspects[dead[0]], "died while joining", now)
+        return out + self._changes.switch_joiners() + self._changes.propose()
+
+    def _failed(self, peer: Peer, message: Failed, now: float) -> list[Effect]:
+        state = self._state
+        if not state.is_current(peer.member):
+            return []
+        # A second witness: closed links get no more grace (DESIGN 4.3, evidence).
+        self._detector.confirm(now)
+        if state.round is not None:
+            return []
+        named = f" (peer {message.peer})" if message.peer else ""
+        detail = f"{peer.member}: {message.detail}{named}"
+        return self._changes.open_round((), Cause.COLLECTIVE_FAILED, detail, now)
+
+    def _drain(self, peer: Peer) -> list[Effect]:
+        if not self._state.is_current(peer.member):
+            self._joiners.pop(peer.member, None)
+            return self._changes.propose()
+        self._state.leaving[peer.member] = None
+        return [Log("drain asked", {"member": str(peer.member)}), *self._changes.propose()]
+
+    def _goodbye(self, peer: Peer, reason: str, now: float) -> list[Effect]:
+        state = self._state
+        peer.leaving = True
+        self._joiners.pop(peer.member, None)
+        self._detector.forget(peer.member)
+        out: list[Effect] = [Log("member left", {"member": str(peer.member), "reason": reason})]
+        if not state.is_current(peer.member):
+            return out + self._changes.propose()
+        assert state.current is not None
+        state.departed[peer.member] = None
+        # The others may be about to leave as well: end of training. If not, their next collective tells at once.
+        self._detector.watch(peer.member, now)
+        self._detector.link_closed(peer.member, f"left: {reason}", now + self._config.leave_grace_s)
+        if state.round is not None:
+            self._detector.confirm(now)
+        return out
+
+    def _end_if_all_left(self) -> list[Effect]:
+        """Every member of the quorum left on purpose, or is gone for certain: the job is over."""
+        state = self._state
+        if state.current is None or not state.departed:
+            return []
+        for member in state.current.member_ids:
+            if member not in state.departed and state.suspects.get(member) not in GONE_FOR_CERTAIN:
+                return []
+        out: list[Effect] = []
+        late = list(self._joiners)
+        for member in late:
+            refusal = Refused(RefusalCode.JOB_ENDED, "the job ended while this group was joining it")
+            out += self._roster.send(refusal, [member])
+        for member in state.known_members:
+            self._detector.forget(member)
+        self._joiners.clear()
+        ended = state.history
+        out += self._founding.forget_history()
+        state.history, state.ended = ended, True
+        return [*out, state.persist(), Log("job ended", {"history": ended})]
+
+    # ---- links
+
+    def _link_closed(self, link: int, detail: str, now: float) -> list[Effect]:
+        self._admission.drop_contender(link)
+        peer = self._roster.disconnect(link)
+        if peer is None:
+            return []
+        member = peer.member
+        if member in self._state.known_members:
+            if member not in self._state.departed:
+                self._detector.link_closed(member, detail or "link closed without Goodbye", now)
+                if self._state.round is not None:
+                    self._detector.confirm(now)
+        else:
+            self._detector.forget(member)
+            self._roster.forget(member)
+        self._joiners.pop(member, None)
+        return self._admission.admit_contenders_of(member.replica_id, now)
+
+    # ---- for people
+
+    def status(self, now: float) -> dict[str, object]:
+        """Plain JSON values: the quorum, the round, and a row a peer."""
+        state = self._state
+        members = []
+        for peer in self._roster.peers():
+            beat = peer.heartbeat
+            members.append(
+                {
+                    "replica_id": peer.member.replica_id,
+                    "incarnation": peer.member.incarnation,
+                    "state": self._state_of(peer),
+                    "connected": peer.link is not None,
+                    "heard_s_ago": round(max(0.0, now - peer.heard_at), 3),
+                    "step": beat.step,
+                    "phase": Phase(beat.phase).name.lower(),
+                }
+            )
+        return {
+            "epoch": state.epoch,
+            "history": state.history,
+            "quorum": str(state.current.id) if state.current else None,
+            "members": sorted(members, key=lambda row: str(row["replica_id"])),
+            "quorum_members": [str(m) for m in state.current.member_ids] if state.current else [],
+            "proposal": str(state.wanted.id) if state.wanted else None,
+            "round": str(state.round.id) if state.round else None,
+            "failures": state.failures,
+            "ended": state.ended,
+        }
+
+    def _state_of(self, peer: Peer) -> str:
+        if peer.member in self._state.suspects:
+            return "suspect"
+        if self._state.is_current(peer.member):
+            return "leaving" if peer.member in self._state.leaving else "member"
+        return "joiner" if peer.member in self._joiners else "waiting"

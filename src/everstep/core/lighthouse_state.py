@@ -1,0 +1,128 @@
+"""What the lighthouse knows of one job: its settings, and the part of its state that the journal carries."""
+
+import dataclasses
+
+from everstep.core.failure_detector import DetectorPolicy
+from everstep.core.messages import Cause, Effect, JournalRecord, Persist
+from everstep.core.types import FailureRound, Member, MemberId, Quorum, QuorumId, Report, in_rank_order
+
+INCARNATIONS_RESERVED = 1000  # reserved in the journal at a time, so that a start costs no write of its own
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class JobConfig:
+    """Settings of one job at its lighthouse. Durations in seconds; identity and history are random names."""
+
+    job_id: str
+    lighthouse: str
+    history: str
+    min_replicas: int = 1
+    join_timeout_s: float = 10.0
+    heartbeat_interval_s: float = 0.5
+    heartbeat_timeout_s: float = 2.0
+    link_grace_s: float = 0.02
+    leave_grace_s: float = 0.2
+    return_timeout_s: float = 10.0  # after a restart of the lighthouse: members have this long to connect again
+
+    @property
+    def detector_policy(self) -> DetectorPolicy:
+        return DetectorPolicy(heartbeat_timeout_s=self.heartbeat_timeout_s, link_grace_s=self.link_grace_s)
+
+
+@dataclasses.dataclass
+class OpenRound:
+    """One handling of a failure, from the first evidence to the Grant."""
+
+    id: FailureRound
+    deadline: float  # who has not answered then becomes a suspect
+    opened_at: float
+    missing: dict[MemberId, None]
+    reports: dict[MemberId, Report] = dataclasses.field(default_factory=dict)
+    noticed: dict[MemberId, None] = dataclasses.field(default_factory=dict)
+    reported_why: str = ""
+
+
+class JobState:
+    """Mutable state of one job, shared by the parts of the lighthouse machine; no behaviour but bookkeeping."""
+
+    def __init__(self, config: JobConfig, record: JournalRecord | None) -> None:
+        self.config = config
+        self.is_new = record is None
+        self.lighthouse = record.lighthouse if record else config.lighthouse
+        self.epoch = (record.epoch if record else 0) + 1
+        self.seq = 0
+        self.rounds = 0
+        self.history = record.history if record else ""
+        self.current: Quorum | None = record.current if record else None
+        self.proposals: dict[QuorumId, Quorum] = {q.id: q for q in record.proposals} if record else {}
+        self.is_founding = record.is_founding if record else False
+        self.ended = record.ended if record else False
+        self.incarnation_limit = record.incarnation_limit if record else 0
+        self._incarnation = self.incarnation_limit
+        self.round: OpenRound | None = None
+        self.suspects: dict[MemberId, Cause] = {}
+        self.evicted: dict[str, int] = {}  # highest evicted incarnation of each replica_id
+        self.leaving: dict[MemberId, None] = {}
+        self.departed: dict[MemberId, None] = {}  # members of the current quorum that said Goodbye
+        self.failures = 0
+
+    @property
+    def wanted(self) -> Quorum | None:
+        """The newest outstanding proposal."""
+        return next(reversed(self.proposals.values())) if self.proposals else None
+
+    @property
+    def known_members(self) -> dict[MemberId, Member]:
+        """Members of the current quorum and of every outstanding proposal, in a fixed order."""
+        members = {m.id: m for m in self.current.members} if self.current else {}
+        for proposal in self.proposals.values():
+            for member in proposal.members:
+                members.setdefault(member.id, member)
+        return members
+
+    def is_current(self, member: MemberId) -> bool:
+        return self.current is not None and self.current.is_member(member)
+
+    def list_of(self, quorum_id: QuorumId) -> Quorum | None:
+        if self.current is not None and self.current.id == quorum_id:
+            return self.current
+        return self.proposals.get(quorum_id)
+
+    def new_quorum(self, members: dict[MemberId, Member], store: str = "") -> Quorum:
+        """A quorum under the next id. `store` defaults to the first member's."""
+        self.seq += 1
+        ordered = in_rank_order(members.values())
+        return Quorum(QuorumId(self.epoch, self.seq), ordered, store or ordered[0].store)
+
+    def new_round_id(self) -> FailureRound:
+        self.rounds += 1
+        return FailureRound(self.epoch, self.rounds)
+
+    def new_incarnation(self, out: list[Effect]) -> int:
+        """Never used before, in this life of the lighthouse or an earlier one."""
+        self._incarnation += 1
+        if self._incarnation > self.incarnation_limit:
+            self.incarnation_limit = self._incarnation - 1 + INCARNATIONS_RESERVED
+            out.append(self.persist())
+        return self._incarnation
+
+    def persist(self) -> Persist:
+        return Persist(
+            JournalRecord(
+                job_id=self.config.job_id,
+                lighthouse=self.lighthouse,
+                epoch=self.epoch,
+                incarnation_limit=self.incarnation_limit,
+                history=self.history,
+                current=self.current,
+                proposals=tuple(self.proposals.values()),
+                is_founding=self.is_founding,
+                ended=self.ended,
+            )
+        )
+
+    def evict(self, member: MemberId) -> None:
+        self.evicted[member.replica_id] = max(member.incarnation, self.evicted.get(member.replica_id, 0))
+
+    def is_evicted(self, member: MemberId) -> bool:
+        return member.incarnation <= self.evicted.get(member.replica_id, 0)

@@ -1,0 +1,249 @@
+"""Every message of the link, both ways. The table in docs/protocol.md is generated from this file.
+
+Messages are tagged MessagePack maps: a receiver ignores keys that it does not know, and a key added later needs a
+default. That is the version-skew rule within one PROTOCOL_VERSION; a member of another version is refused.
+"""
+
+import enum
+
+import msgspec
+
+from everstep.core.types import (
+    Action,
+    FailureRound,
+    Lineage,
+    Member,
+    MemberId,
+    Quorum,
+    QuorumId,
+    RefusalCode,
+    Report,
+    in_rank_order,
+)
+
+PROTOCOL_VERSION = 1
+
+
+class Cause(str, enum.Enum):
+    """What kind of evidence says that a member failed."""
+
+    LINK_CLOSED = "link-closed"
+    SILENT = "silent"
+    SUPERSEDED = "superseded"  # a newer incarnation of it said Hello
+    LEFT = "left"
+    COLLECTIVE_FAILED = "collective-failed"
+    NO_READY = "no-ready"  # it did not answer a round before the join deadline
+    BROKEN_PATH = "broken-path"
+    OUT_OF_STEP = "out-of-step"  # it (re)connected in a state that only a round can mend
+
+
+class MembersChange(msgspec.Struct, frozen=True, array_like=True):
+    """A member list: whole (`base` is None), or what differs from the list of the quorum `base`."""
+
+    base: QuorumId | None
+    removed: tuple[MemberId, ...]
+    added: tuple[Member, ...]
+    store: str = ""
+
+
+# ---- member to lighthouse
+
+
+class Hello(msgspec.Struct, frozen=True, tag="hello"):
+    """First message on every (re)connected link: everything the member knows of itself.
+
+    `report.member.incarnation` is 0 in a process that has none yet; Welcome assigns it.
+    """
+
+    report: Report
+    nonce: str  # names the process: two live processes with one replica_id differ here
+    store: str = ""
+    recovery: str = ""
+    lighthouse: str = ""  # identity that Welcome told it; "" in a fresh process
+    expected_replicas: int = 0  # how many groups found the job together; 0: not known
+    min_replicas: int = 1
+    init_sync: bool = True
+    start_step: int = 0  # the step a fresh process starts from (a checkpoint on disk)
+    round: FailureRound = FailureRound(0, 0)
+
+
+class Ready(msgspec.Struct, frozen=True, tag="ready"):
+    """Answer to a Notice: frozen in this round, and what is held."""
+
+    round: FailureRound
+    report: Report
+
+
+class Adopted(msgspec.Struct, frozen=True, tag="adopted"):
+    """A completed vote made this proposal the member's quorum."""
+
+    quorum_id: QuorumId
+
+
+class Failed(msgspec.Struct, frozen=True, tag="failed"):
+    """A collective of this quorum failed. `peer` is the member that the error names, if it names one."""
+
+    quorum_id: QuorumId
+    peer: MemberId | None = None
+    detail: str = ""
+
+
+class Heartbeat(msgspec.Struct, frozen=True, tag="heartbeat"):
+    """Alive; with how far it is."""
+
+    step: int = 0
+    phase: int = 0
+    phase_s: float = 0.0  # time in this phase
+    waiting: bool = False  # in a collective, or for a grant: somebody else is being waited for
+
+
+class Drain(msgspec.Struct, frozen=True, tag="drain"):
+    """Asks to leave at a step boundary."""
+
+
+class Goodbye(msgspec.Struct, frozen=True, tag="goodbye"):
+    """The process ends on purpose; its link closes next."""
+
+    reason: str = ""
+
+
+# ---- lighthouse to member
+
+
+class Welcome(msgspec.Struct, frozen=True, tag="welcome"):
+    """Answer to Hello: who you are, and how often to be heard."""
+
+    member: MemberId
+    lighthouse: str  # identity of the job's memory there; a member that holds state accepts no other
+    heartbeat_interval_s: float
+    heartbeat_timeout_s: float
+    min_replicas: int = 1
+
+
+class Waiting(msgspec.Struct, frozen=True, tag="waiting"):
+    """Nothing to do yet, and why; for the log."""
+
+    reason: str
+
+
+class Proposal(msgspec.Struct, frozen=True, tag="proposal"):
+    """The next quorum; adopted at a step boundary by a completed vote that shows MIN(p) == MAX(p)."""
+
+    quorum_id: QuorumId
+    members: MembersChange
+
+
+class Switch(msgspec.Struct, frozen=True, tag="switch"):
+    """To a member without state: enter this quorum now. `founder` holds the initial state of a new history."""
+
+    quorum_id: QuorumId
+    members: MembersChange
+    founding: Lineage | None = None
+    founder: MemberId | None = None  # None with `founding`: every member keeps its own initial state
+
+
+class Notice(msgspec.Struct, frozen=True, tag="notice"):
+    """Order to freeze: a failure round is open. `victims` and `cause` are for the log."""
+
+    round: FailureRound
+    victims: tuple[MemberId, ...] = ()
+    cause: Cause = Cause.OUT_OF_STEP
+    detail: str = ""
+
+
+class Grant(msgspec.Struct, frozen=True, tag="grant"):
+    """The decision of a round: the survivors' quorum and what becomes of the step they were in."""
+
+    round: FailureRound
+    quorum_id: QuorumId
+    members: MembersChange
+    step: int  # T: the highest committed step among the survivors
+    attempt: int  # K: the highest attempt among those at T
+    action: Action
+
+
+class Refused(msgspec.Struct, frozen=True, tag="refused"):
+    """Turned away. With EVICTED the process goes on as `incarnation`, without state; else it ends."""
+
+    code: RefusalCode
+    detail: str
+    member: MemberId | None = None  # whom it concerns: a newer incarnation on the same link ignores it
+    incarnation: int = 0
+
+
+ToLighthouse = Hello | Ready | Adopted | Failed | Heartbeat | Drain | Goodbye
+ToMember = Welcome | Waiting | Proposal | Switch | Notice | Grant | Refused
+
+
+# ---- what machines return to their shells
+
+
+class Send(msgspec.Struct, frozen=True):
+    """Send `message` on each of these links (the lighthouse's links; a member has one: `()`)."""
+
+    message: ToLighthouse | ToMember
+    links: tuple[int, ...] = ()
+
+
+class Sever(msgspec.Struct, frozen=True):
+    """A member's shell: end every collective of the quorums up to this one, from whatever thread, at once."""
+
+    up_to: QuorumId
+
+
+class Close(msgspec.Struct, frozen=True):
+    """Close this link after what was sent on it before."""
+
+    link: int
+    reason: str
+
+
+class Persist(msgspec.Struct, frozen=True):
+    """Make this record durable before anything that stands after it is sent."""
+
+    record: "JournalRecord"
+
+
+class Log(msgspec.Struct, frozen=True):
+    """One line for people: a state change, with its cause. `fields` are plain values."""
+
+    event: str
+    fields: dict[str, object]
+
+
+class JournalRecord(msgspec.Struct, frozen=True):
+    """All that the lighthouse must remember of a job; each record replaces the one before."""
+
+    job_id: str
+    lighthouse: str
+    epoch: int
+    incarnation_limit: int  # no incarnation above it was ever assigned
+    history: str = ""
+    current: Quorum | None = None
+    proposals: tuple[Quorum, ...] = ()
+    is_founding: bool = False  # `current` is the first quorum of its history
+    ended: bool = False  # every member left on purpose
+
+
+Effect = Send | Sever | Close | Persist | Log
+
+
+def changed(new: Quorum, base: Quorum) -> MembersChange:
+    """`new` as its difference from `base`."""
+    old = dict.fromkeys(base.members)
+    now = dict.fromkeys(new.members)
+    removed = tuple(m.id for m in base.members if m not in now)
+    return MembersChange(base.id, removed, tuple(m for m in new.members if m not in old), new.store)
+
+
+def whole(new: Quorum) -> MembersChange:
+    return MembersChange(None, (), new.members, new.store)
+
+
+def applied(change: MembersChange, quorum_id: QuorumId, base: Quorum | None) -> Quorum:
+    """The quorum that `change` describes; `base` is the list it differs from."""
+    removed = dict.fromkeys(change.removed)
+    kept = [m for m in base.members if m.id not in removed] if base is not None else []
+    added = dict.fromkeys(m.id for m in change.added)
+    members = in_rank_order([*(m for m in kept if m.id not in added), *change.added])
+    return Quorum(quorum_id, members, change.store)

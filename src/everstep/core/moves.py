@@ -1,0 +1,165 @@
+"""What passes between a member's machine and its own process: settings, events, and moves for the training thread."""
+
+import dataclasses
+
+from everstep.core.recovery_plan import Claim
+from everstep.core.types import Lineage, MemberId, Quorum, QuorumId
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ReplicaConfig:
+    """`nonce` is a random name of the process; the addresses are those that the other members reach it at."""
+
+    replica_id: str
+    nonce: str
+    store: str = ""
+    recovery: str = ""
+    expected_replicas: int = 0
+    min_replicas: int = 1
+    init_sync: bool = True
+    start_step: int = 0
+    keeps_gradients: bool = True
+
+
+# ---- moves: what the training thread does next
+
+
+@dataclasses.dataclass(frozen=True)
+class Wait:
+    """Nothing to do until the link thread changes something."""
+
+    why: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Build:
+    """Build this quorum's collectives; exchange `claim` as their first operation; then BarrierEnded."""
+
+    quorum: Quorum
+    claim: Claim
+
+
+@dataclasses.dataclass(frozen=True)
+class Recover:
+    """Fetch the live state of `lineage` from the member of rank `source`; then StateRecovered."""
+
+    quorum: Quorum
+    source: int
+    lineage: Lineage
+
+
+@dataclasses.dataclass(frozen=True)
+class Reduce:
+    """Issue every reduction of the step that has not completed in this quorum; then GradientsReduced."""
+
+    quorum: Quorum
+    attempt: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Vote:
+    """Call `cast_vote` and issue what it returns; then VoteEnded."""
+
+    quorum: Quorum
+    must_be_no: bool = False
+
+
+Move = Wait | Build | Recover | Reduce | Vote
+
+
+@dataclasses.dataclass(frozen=True)
+class VoteCast:
+    """The vote to issue: an allreduce with MIN over `[ok, p, -p]`."""
+
+    quorum_id: QuorumId
+    is_ok: bool
+    proposal: QuorumId
+
+
+# ---- events
+
+
+@dataclasses.dataclass(frozen=True)
+class LinkUp:
+    """The link is open and authenticated."""
+
+
+@dataclasses.dataclass(frozen=True)
+class LinkDown:
+    pass
+
+
+@dataclasses.dataclass(frozen=True)
+class BarrierEnded:
+    """The first operation of the new quorum ended; everybody's claims in rank order."""
+
+    quorum_id: QuorumId
+    claims: tuple[Claim, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class StateRecovered:
+    """Every byte of the state that the plan names is verified and applied."""
+
+    quorum_id: QuorumId
+
+
+@dataclasses.dataclass(frozen=True)
+class GradientsReduced:
+    """All reductions of the step completed in this quorum; `samples` digests what the `contributors` put in."""
+
+    quorum_id: QuorumId
+    contributors: tuple[MemberId, ...]
+    samples: bytes = b""
+
+
+@dataclasses.dataclass(frozen=True)
+class VoteEnded:
+    """The vote's result: everybody's ok, and the lowest and highest proposal that was voted for."""
+
+    quorum_id: QuorumId
+    is_ok: bool
+    lowest: QuorumId
+    highest: QuorumId
+
+
+@dataclasses.dataclass(frozen=True)
+class CollectiveFailed:
+    """An operation of this quorum (its building included) failed; `peer` is the rank that the error names."""
+
+    quorum_id: QuorumId
+    peer: int | None = None
+    detail: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class AskToLeave:
+    """Leave at a step boundary (drain)."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Leave:
+    """The process ends on purpose, now."""
+
+    reason: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainAlone:
+    """No lighthouse is configured: a quorum of one, without network."""
+
+    history: str
+
+
+ReplicaEvent = (
+    LinkUp
+    | LinkDown
+    | BarrierEnded
+    | StateRecovered
+    | GradientsReduced
+    | VoteEnded
+    | CollectiveFailed
+    | AskToLeave
+    | Leave
+    | TrainAlone
+)

@@ -1,0 +1,169 @@
+"""The state of a member's machine, and the questions it answers. `replica.py` holds what changes it."""
+
+from everstep.core.messages import Effect, MembersChange, Refused, Sever, applied
+from everstep.core.moves import Build, Move, Recover, Reduce, ReplicaConfig, Vote, Wait
+from everstep.core.recovery_plan import Claim, RecoveryPlan
+from everstep.core.types import (
+    NO_ROUND,
+    FailureRound,
+    Lineage,
+    LineageEntry,
+    LocalProtocolError,
+    MemberId,
+    Phase,
+    Quorum,
+    QuorumId,
+    Report,
+)
+
+LISTS_KEPT_MAX = 16  # member lists kept so that the lighthouse may send differences
+
+
+class ReplicaState:
+    """Read its attributes under the lock that all calls of the machine share."""
+
+    def __init__(self, config: ReplicaConfig) -> None:
+        self.config = config
+        self.member = MemberId(config.replica_id, 0)
+        self.lighthouse = ""
+        self.lineage: Lineage | None = None
+        self.last_entry: LineageEntry | None = None
+        self.quorum: Quorum | None = None
+        self.is_settled = False
+        self.is_frozen = False
+        self.round: FailureRound = NO_ROUND
+        self.attempt = 0
+        self.phase = Phase.RUNNING
+        self.vote: bool | None = None
+        self.voted_for: QuorumId | None = None
+        self.tag: LineageEntry | None = None
+        self.plan: RecoveryPlan | None = None
+        self.evictions = 0
+        self.has_left = False
+        self.refusal: Refused | None = None
+        self.min_replicas = config.min_replicas
+        self.waiting_for = "the lighthouse"
+        self._proposals: dict[QuorumId, Quorum] = {}
+        self._lists: dict[QuorumId, Quorum] = {}
+        self._is_up = False
+        self._wants_to_leave = False
+        self._doubt_at: float | None = None  # a collective failed; when to report it again
+        self._beat_at: float | None = None
+        self._beat_interval_s = 0.0
+        self._phase_since = 0.0
+
+    # ---- questions
+
+    @property
+    def step(self) -> int:
+        """Committed steps; -1 without state."""
+        return self.lineage.step if self.lineage is not None else -1
+
+    @property
+    def rank(self) -> int | None:
+        return self.quorum.rank_of(self.member) if self.quorum is not None else None
+
+    @property
+    def has_proposal(self) -> bool:
+        return bool(self._proposals)
+
+    def next_move(self) -> Move:
+        """What the training thread does next to get its step decided."""
+        if self.has_left:
+            return Wait("this group has left the job")
+        if self.quorum is None:
+            return Wait(self.waiting_for)
+        if self.is_frozen:
+            return Wait(f"failure round {self.round}")
+        if self._doubt_at is not None:
+            return Wait("a collective failed; the lighthouse decides")
+        if not self.is_settled:
+            return self._move_to_settle(self.quorum)
+        if self.phase is Phase.RUNNING:
+            return Reduce(self.quorum, self.attempt)
+        if self.phase is Phase.REDUCED:
+            return self._move_to_vote(self.quorum)
+        return Wait("the vote")
+
+    def _move_to_settle(self, quorum: Quorum) -> Move:
+        if self.plan is None or self.lineage is not None:
+            return Build(quorum, Claim(self.lineage, self.attempt))
+        rank = quorum.rank_of(self.member)
+        assert rank is not None
+        return Recover(quorum, self.plan.source_of[rank], self.plan.lineage)
+
+    def _move_to_vote(self, quorum: Quorum) -> Move:
+        is_short = len(quorum.members) < self.min_replicas
+        if is_short and self.vote is None and not self._proposals:
+            return Wait(f"{len(quorum.members)} replica groups are fewer than min_replicas={self.min_replicas}")
+        # Too few to commit, but others want in: a vote that says no lets them (T4 adopts whatever the vote says).
+        return Vote(quorum, must_be_no=is_short and self.vote is None)
+
+    def report(self) -> Report:
+        return Report(
+            member=self.member,
+            quorum_id=self.quorum.id if self.quorum is not None else None,
+            is_unsettled=self.is_frozen or not self.is_settled or self._doubt_at is not None,
+            lineage=self.lineage,
+            attempt=self.attempt,
+            phase=self.phase,
+            vote=self.vote,
+            tag=self.tag,
+            voted_for=self.voted_for if self.phase is Phase.VOTING else None,
+            keeps_gradients=self.config.keeps_gradients,
+        )
+
+    # ---- entering and leaving quorums
+
+    def _leave_group(self) -> list[Effect]:
+        out: list[Effect] = [Sever(self.quorum.id)] if self.quorum is not None else []
+        self.quorum, self.plan, self._doubt_at = None, None, None
+        self.is_settled = False
+        self._proposals.clear()
+        return out
+
+    def _enter(self, quorum: Quorum) -> None:
+        self.quorum, self.plan, self._doubt_at = quorum, None, None
+        self.is_settled = False
+        self._keep_list(quorum)
+        for older in [q for q in self._proposals if q <= quorum.id]:
+            del self._proposals[older]
+
+    def _resolve(self, quorum_id: QuorumId, change: MembersChange) -> Quorum | None:
+        base = self._lists.get(change.base) if change.base is not None else None
+        if change.base is not None and base is None:
+            return None
+        quorum = applied(change, quorum_id, base)
+        self._keep_list(quorum)
+        return quorum
+
+    def _keep_list(self, quorum: Quorum) -> None:
+        self._lists[quorum.id] = quorum
+        if len(self._lists) > LISTS_KEPT_MAX:
+            del self._lists[next(iter(self._lists))]
+
+    # ---- bookkeeping
+
+    def _is_live(self, quorum_id: QuorumId) -> bool:
+        return (
+            not self.is_frozen and self.is_settled and self.quorum is not None and quorum_id == self.quorum.id
+        ) and self._doubt_at is None
+
+    def _commit(self, now: float) -> None:
+        if self.tag is None or self.lineage is None:
+            raise LocalProtocolError(f"nothing to commit: {self.report()}")
+        self.lineage = self.lineage.extended(self.tag)
+        self.last_entry = self.tag
+        self._begin_attempt(0, now)
+
+    def _abort(self, next_attempt: int, now: float) -> None:
+        self._begin_attempt(next_attempt, now)
+
+    def _begin_attempt(self, attempt: int, now: float) -> None:
+        self.attempt = attempt
+        self.tag, self.vote, self.voted_for = None, None, None
+        self._set_phase(Phase.RUNNING, now)
+
+    def _set_phase(self, phase: Phase, now: float) -> None:
+        self.phase = phase
+        self._phase_since = now

@@ -1,0 +1,68 @@
+"""What can go wrong, sorted by who must react.
+
+EverstepError
+├── ConfigError                 the operator or the script: the message says what to change
+│   └── StateMismatch           a peer's state does not fit this member's model
+├── LighthouseRefused           the lighthouse turned this process away; `code` and the message say why
+├── LighthouseUnreachable       nothing answers at the configured address
+├── StepInterrupted             a peer or the network: this collective is over, the job goes on
+│   └── PeerLost                … and the error names (or suspects) one peer
+└── RecoveryFailed              live state could not be fetched this time; the member starts over
+
+LocalProtocolError (our bug) and RemoteProtocolError (illegal bytes from the other side) stand apart, as in h11.
+"""
+
+from everstep.core.types import LocalProtocolError, RefusalCode, RemoteProtocolError
+
+__all__ = [
+    "ConfigError",
+    "EverstepError",
+    "LighthouseRefused",
+    "LighthouseUnreachable",
+    "LocalProtocolError",
+    "PeerLost",
+    "RecoveryFailed",
+    "RemoteProtocolError",
+    "StateMismatch",
+    "StepInterrupted",
+]
+
+
+class EverstepError(Exception):
+    """Everything that Everstep raises on purpose."""
+
+
+class ConfigError(EverstepError):
+    """An argument, a setting or the script is wrong; the message says what and how to mend it."""
+
+
+class StateMismatch(ConfigError):
+    """A peer's live state has other names, shapes or dtypes than this member's own; nothing was applied."""
+
+
+class LighthouseRefused(EverstepError):
+    """The lighthouse turned this process away for good."""
+
+    def __init__(self, code: RefusalCode, message: str) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+class LighthouseUnreachable(EverstepError):
+    """No lighthouse answered at the address within the connect timeout."""
+
+
+class StepInterrupted(EverstepError):
+    """A collective of this step ended early; its result counts for nothing. Not an error of the job."""
+
+
+class PeerLost(StepInterrupted):
+    """A collective failed because of a peer. `peer` is its rank in the quorum where the error names it."""
+
+    def __init__(self, message: str, peer: int | None = None) -> None:
+        super().__init__(message)
+        self.peer = peer
+
+
+class RecoveryFailed(EverstepError):
+    """Live state could not be fetched from this source; nothing was applied."""
