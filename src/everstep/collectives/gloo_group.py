@@ -1,0 +1,364 @@
+"""One quorum's Gloo group: built on a thread of its own, severed by its sockets, taken down without a trace.
+
+Gloo's own abort does nothing, and torch names none of the sockets it opens. But each group listens on a port of its
+own; every connection of it is either accepted there or leads to where a peer listens, and the peers tell each other
+through the store. So the group's sockets are known exactly, whatever else the process opens at the same time.
+"""
+
+import contextlib
+import json
+import re
+import socket
+import struct
+import threading
+import time
+from datetime import timedelta
+
+import torch
+from torch import Tensor
+
+from everstep.collectives import torch_private
+from everstep.collectives.process_group import Membership, ReduceOp
+from everstep.collectives.sockets import (
+    Address,
+    Ends,
+    OpenSocket,
+    close_on_exec,
+    ends_of,
+    find_sockets,
+    host_and_port,
+    joined,
+    open_sockets,
+    route_to,
+    sever,
+)
+from everstep.collectives.store import StoreClient, connect_store, open_recognised
+from everstep.collectives.torch_private import PrefixStore
+from everstep.errors import ConfigError, PeerLost, StepInterrupted
+
+# A wait in C++ runs no Python signal handler; it comes up for air this often.
+WAIT_SLICE = timedelta(seconds=0.5)
+PENDING_MAX = 256
+SETTLE_TIMEOUT_S = 10.0
+
+_OPTIONS = {op: torch_private.allreduce_options(op) for op in ReduceOp}
+_PEER_IN_ERROR = re.compile(r"\[([0-9a-fA-F.:]+)\]:(\d+)")
+
+
+class GlooGroup:
+    """The group of one membership. `build` runs on a helper thread; `condemn` and `cut` may be called from any."""
+
+    def __init__(self, membership: Membership, bind_host: str | None, threads: int) -> None:
+        self.membership = membership
+        self.changed = threading.Event()  # condemned, or the build ended
+        self.ended = threading.Event()  # the build ended, one way or the other
+        self.is_severed = False
+        self._failure: BaseException | None = None  # why it is of no use, once it is not
+        self._bind_host = bind_host
+        self._threads = threads
+        self._gloo: torch_private.TorchGloo | None = None
+        self._device: torch_private.GlooDevice | None = None
+        self._client: StoreClient | None = None
+        self._listening: OpenSocket | None = None
+        self._listener: Address | None = None
+        self._peers: dict[Address, int] = {}  # where each peer listens
+        self._has_knocked = False
+        self._connections: list[OpenSocket] = []  # complete once built
+        self._rank_at: dict[Address, int] = {}  # the far end of each connection
+        self._pending: set[GlooWork] = set()  # issued, and not known to have ended
+
+    @property
+    def is_usable(self) -> bool:
+        return self._gloo is not None and not self.is_severed
+
+    # ---- operations
+
+    def allreduce(self, tensor: Tensor, op: ReduceOp) -> "GlooWork":
+        gloo = self._gloo
+        if gloo is None or self._failure is not None:
+            raise self.failure()
+        work = GlooWork(self, gloo.allreduce([tensor], _OPTIONS[op]))
+        self._note(work)
+        return work
+
+    def allgather(self, tensor: Tensor) -> Tensor:
+        gloo = self._gloo
+        if gloo is None or self._failure is not None:
+            raise self.failure()
+        gathered = torch.empty((self.membership.size, *tensor.shape), dtype=tensor.dtype, device=tensor.device)
+        work = GlooWork(self, torch_private.gather_into(gloo, gathered, tensor))
+        self._note(work)
+        work.wait()
+        return gathered
+
+    def failure(self) -> BaseException:
+        """Why it is of no use; fresh each time, since an exception raised twice drags the first one's frames along."""
+        failure = self._failure
+        if isinstance(failure, PeerLost):
+            return PeerLost(str(failure), failure.peer)
+        if failure is None or isinstance(failure, StepInterrupted):
+            return StepInterrupted(str(failure or f"quorum {self.membership.quorum_id} is not built"))
+        return failure
+
+    def lost_by(self, error: RuntimeError) -> BaseException:
+        """What an operation's error means; the first such is what every later operation raises."""
+        if "gloo/" not in str(error):  # not of the transport: a tensor that cannot be reduced, say
+            return error
+        if self._failure is None:
+            self._failure = self._translated(error)
+        return self.failure()
+
+    def forget(self, work: "GlooWork") -> None:
+        self._pending.discard(work)
+
+    def _note(self, work: "GlooWork") -> None:
+        if len(self._pending) >= PENDING_MAX:  # somebody does not wait for his operations
+            self._pending = {other for other in self._pending if not other.is_completed()}
+        self._pending.add(work)
+
+    # ---- severing and taking down
+
+    def condemn(self, failure: StepInterrupted | None = None) -> None:
+        """No operation is issued any more, and a build gives up at its next step. Instant; `cut` does the rest."""
+        if not self.is_severed:
+            self._failure = failure or StepInterrupted(f"quorum {self.membership.quorum_id} was aborted")
+            self.is_severed = True
+        self.changed.set()
+
+    def cut(self) -> None:
+        """Shut the sockets of a condemned group; one that is being built opens more, so repeat until it has `ended`."""
+        if self.ended.is_set():
+            sever(self._connections)
+        else:
+            sever(find_sockets(self._is_connection))
+            self._knock()
+        if self._client is not None:
+            sever([self._client.socket])
+
+    def sockets(self) -> list[OpenSocket]:
+        """Every socket of the group that is open now, the listener too. Takes no lock: a forked child calls it."""
+        known = [self._client.socket] if self._client is not None else []
+        if self._listening is not None:
+            known.append(self._listening)
+        known += self._connections if self.ended.is_set() else find_sockets(self._is_connection)
+        return [opened for opened in known if ends_of(opened) is not None]
+
+    def drain(self, deadline: float) -> bool:
+        """Wait until no operation of a severed group can touch its tensor any more; False when `deadline` passed."""
+        return all(work.settle(deadline) for work in tuple(self._pending))
+
+    def take_down(self) -> None:
+        """Free its threads and descriptors. Takes up to 20 ms, without the GIL; more while an operation is stuck."""
+        self.condemn()
+        self.cut()
+        self.drain(time.monotonic() + SETTLE_TIMEOUT_S)
+        self._device = None
+        self._gloo = None
+        self._client = None
+
+    def _knock(self) -> None:
+        """Answer for peers that never connect: Gloo waits for them without a socket that could be cut.
+
+        The connecting side introduces itself by the number of the pair it belongs to, which is its rank. Our call is
+        taken for the peer's and ends at once, which Gloo takes for the death of the peer.
+        """
+        listener = self._listener
+        if listener is None or not self._peers or self._has_knocked:
+            return
+        self._has_knocked = True
+        for rank in self._peers.values():
+            with contextlib.suppress(OSError), socket.create_connection(listener, timeout=0.05) as knock:
+                knock.sendall(struct.pack("=q", rank))
+
+    def _is_connection(self, ends: Ends) -> bool:
+        if ends.remote is None or self._listener is None:
+            return False
+        return ends.local[1] == self._listener[1] or ends.remote in self._peers
+
+    # ---- building
+
+    def build(self) -> None:
+        """Connect to every member; the outcome is `is_usable` or `failure()`."""
+        try:
+            self._build()
+        except StepInterrupted as error:
+            self._failure = self._failure or error
+        except RuntimeError as error:  # torch's, whatever went wrong
+            self._failure = self._failure or self._translated(error)
+        except BaseException as error:  # boundary: it is for the thread that called configure, not for this one
+            self._failure = self._failure or error
+        self.ended.set()
+        self.changed.set()
+
+    def _build(self) -> None:
+        me = self.membership
+        if me.size == 1:
+            self._gloo = _Alone()
+            return
+        store_address = host_and_port(me.store)
+        host = self._bind_host or route_to(store_address)
+        before = open_sockets()
+        self._client = connect_store(store_address, me.timeout_s, lambda: self.is_severed)
+        self._listen(host)
+        store = self._store(self._client)
+        self._meet(store)
+        assert self._device is not None
+        gloo = torch_private.connect_gloo(
+            PrefixStore("gloo", store), me.rank, me.size, self._device, me.timeout_s, self._threads
+        )
+        self._connections = find_sockets(self._is_connection, among=open_sockets() - before)
+        close_on_exec(self._connections)
+        self._gloo = gloo
+
+    def _listen(self, host: str) -> None:
+        def is_listener(ends: Ends) -> bool:
+            return ends.is_listening and ends.local[0] == host
+
+        try:
+            self._device, self._listening = open_recognised(lambda: torch_private.gloo_device(host), is_listener)
+        except RuntimeError as error:
+            raise ConfigError(
+                f"cannot listen on {host}; pass as bind_host an address of this machine: {error}"
+            ) from None
+        ends = ends_of(self._listening)
+        assert ends is not None
+        self._listener = ends.local
+
+    def _meet(self, store: PrefixStore) -> None:
+        """Wait until every member has said where it listens."""
+        me = self.membership
+        assert self._listener is not None
+        store.set(f"listener/{me.rank}", joined(self._listener))
+        keys = [f"listener/{rank}" for rank in range(me.size)]
+        self._raise_if_severed()
+        try:
+            store.wait(keys, timedelta(seconds=me.timeout_s))
+        except RuntimeError:
+            self._raise_if_severed()
+            missing = [rank for rank, key in enumerate(keys) if not store.check([key])]
+            if missing:
+                message = f"quorum {me.quorum_id}: ranks {missing} did not come within {me.timeout_s:g} s"
+                raise PeerLost(message, missing[0]) from None
+            raise
+        for rank, value in enumerate(store.multi_get(keys)):
+            if rank != me.rank:
+                self._peers[host_and_port(bytes(value).decode())] = rank
+        self._raise_if_severed()
+
+    def learn_far_ends(self) -> None:
+        """Off the critical path: which member is at the far end of a connection that we accepted.
+
+        Its address there is a port that only that member knows; each tells the others through the store.
+        """
+        client = self._client
+        if client is None or not self.is_usable:
+            return
+        opened: dict[int, str] = {}  # rank of a peer -> our end of the connection that we opened to it
+        for connection in self._connections:
+            ends = ends_of(connection)
+            if ends is not None and ends.remote in self._peers:
+                peer = self._peers[ends.remote]
+                self._rank_at[ends.remote] = peer
+                opened[peer] = joined(ends.local)
+        me = self.membership
+        with contextlib.suppress(RuntimeError):  # severed meanwhile, or the store is gone: errors name fewer peers
+            store = self._store(client)
+            store.set(f"ends/{me.rank}", json.dumps(opened))
+            for rank, value in enumerate(store.multi_get([f"ends/{rank}" for rank in range(me.size)])):
+                mine = json.loads(bytes(value)).get(str(me.rank))
+                if mine is not None:
+                    self._rank_at[host_and_port(mine)] = rank
+
+    def _store(self, client: StoreClient) -> PrefixStore:
+        return PrefixStore(f"everstep/{self.membership.quorum_id}/{self.membership.prefix}", client.store)
+
+    def _raise_if_severed(self) -> None:
+        if self.is_severed:
+            raise StepInterrupted(f"quorum {self.membership.quorum_id} was aborted")
+
+    def _translated(self, error: RuntimeError) -> PeerLost:
+        text = str(error).partition("\n")[0] or type(error).__name__
+        text = re.sub(r"^\[[^\]]*\.cc:\d+\] ", "", text).split(". This is typically")[0]
+        return PeerLost(f"quorum {self.membership.quorum_id}: {text}", self._peer_in(text))
+
+    def _peer_in(self, text: str) -> int | None:
+        found = _PEER_IN_ERROR.search(text)
+        if found is None:
+            return None
+        if self.membership.size == 2:
+            return 1 - self.membership.rank
+        host, port = found[1], int(found[2])
+        ranks = self._peers | self._rank_at
+        # Gloo writes a port as it stands in the socket address: most significant byte first (seen with torch 2.13).
+        return ranks.get((host, socket.ntohs(port)), ranks.get((host, port)))
+
+
+class GlooWork:
+    """An operation of a GlooGroup."""
+
+    __slots__ = ("_error", "_group", "_work")
+
+    def __init__(self, group: GlooGroup, work: torch_private.TorchWork) -> None:
+        self._group = group
+        self._work: torch_private.TorchWork | None = work
+        self._error: BaseException | None = None
+
+    def wait(self) -> None:
+        work = self._work
+        if work is not None:
+            while not self._wait(work, WAIT_SLICE):
+                pass
+        if self._error is not None:
+            raise self._error
+
+    def is_completed(self) -> bool:
+        work = self._work
+        return work is None or work.is_completed()
+
+    def settle(self, deadline: float) -> bool:
+        """Wait, but do not raise; False when it has not ended by `deadline` (monotonic)."""
+        work = self._work
+        return work is None or self._wait(work, timedelta(seconds=max(0.001, deadline - time.monotonic())))
+
+    def _wait(self, work: torch_private.TorchWork, timeout: timedelta) -> bool:
+        """False when it has not ended in time: then its thread still has the tensor, and nothing is decided."""
+        try:
+            work.wait(timeout)
+        except RuntimeError:
+            if not work.is_completed():
+                return False
+            error = _error_of(work)
+            if error is not None:
+                self._error = self._group.lost_by(error)
+        # torch's Work holds on to the tensor, and to the group's sockets.
+        self._work = None
+        self._group.forget(self)
+        return True
+
+
+def _error_of(work: torch_private.TorchWork) -> RuntimeError | None:
+    """An ended operation's own error; what a wait raised may be that it ran out of time just before the end."""
+    try:
+        work.wait()
+    except RuntimeError as own:
+        return own
+    return None
+
+
+class _Alone:
+    """Gloo for a group of one: the identity."""
+
+    def allreduce(self, tensors: list[Tensor], opts: object) -> "_Ended":  # noqa: ARG002 - one value needs no op
+        return _Ended()
+
+    def _allgather_base(self, output: Tensor, source: Tensor) -> "_Ended":
+        output.copy_(source)
+        return _Ended()
+
+
+class _Ended:
+    def wait(self, timeout: timedelta = timedelta(0)) -> bool:  # noqa: ARG002 - as torch's
+        return True
+
+    def is_completed(self) -> bool:
+        return True

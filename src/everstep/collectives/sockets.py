@@ -1,0 +1,149 @@
+"""This process's TCP sockets, found through /proc, and how to sever some of them (Linux).
+
+torch hands out no descriptor of what it opens. A socket is therefore recognised by its two ends, and remembered by
+number and inode: a number alone may name another file by the time it is used. Nothing here keeps a duplicate: it
+would hold back the FIN by which a peer learns that this process died.
+"""
+
+import contextlib
+import os
+import socket
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+
+Address = tuple[str, int]  # numeric host, port
+
+_TCP_FAMILIES = (socket.AF_INET, socket.AF_INET6)
+
+
+@dataclass(frozen=True)
+class OpenSocket:
+    """A socket by descriptor number and inode; both together name it for as long as it is open."""
+
+    fd: int
+    inode: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ends:
+    """The two ends of a TCP socket; `remote` is None while it is not connected."""
+
+    local: Address
+    remote: Address | None
+    is_listening: bool
+
+
+def open_sockets() -> set[OpenSocket]:
+    """Every socket that this process has open now."""
+    return set(_each_socket())
+
+
+def find_sockets(matches: Callable[[Ends], bool], among: Iterable[OpenSocket] | None = None) -> list[OpenSocket]:
+    """The TCP sockets (of `among`, else of the process) whose ends match. Takes no lock: fit for a forked child."""
+    found = []
+    for candidate in _each_socket() if among is None else among:
+        ends = ends_of(candidate)
+        if ends is not None and matches(ends):
+            found.append(candidate)
+    return found
+
+
+def ends_of(opened: OpenSocket) -> Ends | None:
+    """None when it is gone, or is no TCP socket."""
+    sock = _duplicate(opened)
+    if sock is None:
+        return None
+    with sock:
+        try:
+            local = _numeric(sock.getsockname())
+            is_listening = bool(sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN))
+        except OSError:
+            return None
+        try:
+            remote = _numeric(sock.getpeername())
+        except OSError:
+            remote = None
+        return Ends(local=local, remote=remote, is_listening=is_listening)
+
+
+def sever(sockets: Iterable[OpenSocket]) -> None:
+    """Shut both directions of each that is still open and connected; whoever waits on it wakes at once.
+
+    Listening sockets are left alone: Gloo's accept loop ends the process when its listener is shut down.
+    """
+    for opened in sockets:
+        sock = _duplicate(opened)
+        if sock is not None:
+            with sock, contextlib.suppress(OSError):
+                sock.getpeername()
+                sock.shutdown(socket.SHUT_RDWR)
+
+
+def close_on_exec(sockets: Iterable[OpenSocket]) -> None:
+    """Keep them from programs that this process starts; torch and Gloo leave them inheritable."""
+    for opened in sockets:
+        with contextlib.suppress(OSError):
+            os.set_inheritable(opened.fd, False)
+
+
+def host_and_port(text: str) -> Address:
+    """`host:port` or `[v6]:port` taken apart; ValueError when it is neither."""
+    host, _, port = text.rpartition(":")
+    host = host.removeprefix("[").removesuffix("]")
+    if not host:
+        raise ValueError(f"{text!r} is not host:port")
+    return host, int(port)
+
+
+def joined(address: Address) -> str:
+    host, port = address
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def route_to(address: Address) -> str:
+    """The numeric local address from which this host reaches `address`; nothing is sent."""
+    family, kind, protocol, _, target = socket.getaddrinfo(*address, type=socket.SOCK_DGRAM)[0]
+    with socket.socket(family, kind, protocol) as probe:
+        probe.connect(target)
+        return _numeric(probe.getsockname())[0]
+
+
+def _each_socket() -> Iterator[OpenSocket]:
+    for name in os.listdir("/proc/self/fd"):
+        try:
+            target = os.readlink(f"/proc/self/fd/{name}")
+        except OSError:  # closed since it was listed
+            continue
+        if target.startswith("socket:["):
+            yield OpenSocket(int(name), int(target[8:-1]))
+
+
+def _duplicate(opened: OpenSocket) -> socket.socket | None:
+    """A duplicate for the caller to close at once; None unless it still is that very TCP socket."""
+    try:
+        fd = os.dup(opened.fd)
+    except OSError:
+        return None
+    try:
+        if os.fstat(fd).st_ino == opened.inode:
+            # SOCK_NONBLOCK is for Python's eyes: without it socket.setdefaulttimeout() of the user's would make
+            # Python change the blocking mode of the socket, which the duplicate shares with the original.
+            sock = socket.socket(type=socket.SOCK_STREAM | socket.SOCK_NONBLOCK, fileno=fd)
+            fd = -1
+            if (
+                sock.family in _TCP_FAMILIES
+                and sock.getsockopt(socket.SOL_SOCKET, socket.SO_TYPE) == socket.SOCK_STREAM
+            ):
+                return sock
+            sock.close()
+    except OSError:
+        pass
+    finally:
+        if fd >= 0:
+            os.close(fd)
+    return None
+
+
+def _numeric(name: tuple[str, int] | tuple[str, int, int, int]) -> Address:
+    # An IPv4 peer of a socket that serves both families is written as IPv6; the rest of us says IPv4.
+    return name[0].removeprefix("::ffff:"), name[1]
