@@ -1,0 +1,74 @@
+# Every target makes .venv first when it is missing or out of date; nothing but Python, make and gcc is assumed.
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.DELETE_ON_ERROR:
+.DEFAULT_GOAL := help
+
+VENV := .venv
+PY := $(VENV)/bin/python
+# Written last, so a venv without it is half-made. Holds the checkout's path: a venv does not survive being moved.
+STAMP := $(VENV)/.installed
+SOAK_SEEDS ?= 0:20000
+
+.PHONY: help venv demo test lint soak bench docs clean distclean FORCE
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+
+venv: $(STAMP) ## create or refresh .venv with Everstep and its development tools
+
+# The stamp counts only while the interpreter runs and the checkout is where it was.
+ifneq ($(wildcard $(STAMP)),)
+ifneq ($(shell $(PY) -c pass 2>/dev/null && grep -qxF '$(CURDIR)' $(STAMP) && echo usable),usable)
+$(STAMP): FORCE
+endif
+endif
+
+$(STAMP): pyproject.toml constraints.txt
+	@if ! { $(PY) -c pass && grep -qxF '$(CURDIR)' $(STAMP); } >/dev/null 2>&1; then \
+	  python=; \
+	  for candidate in python3.11 python3; do \
+	    if $$candidate -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 10))' >/dev/null 2>&1; then \
+	      python=$$candidate; break; \
+	    fi; \
+	  done; \
+	  if [ -z "$$python" ]; then \
+	    echo "error: Everstep needs Python 3.10 or newer with venv and pip (python3.11 is what it is tested with)." >&2; \
+	    echo "       Install it, e.g. 'apt install python3.11 python3.11-venv', and run make again." >&2; \
+	    exit 1; \
+	  fi; \
+	  echo "Making $(VENV) with $$($$python --version); torch is large, this can take a few minutes the first time."; \
+	  rm -rf $(VENV); \
+	  $$python -m venv $(VENV); \
+	fi; \
+	$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'; \
+	printf '%s\n' '$(CURDIR)' >$(STAMP)
+
+demo: $(STAMP) ## train three replica groups through the kill of one, and say what it cost
+	@$(VENV)/bin/everstep demo
+
+test: lint ## lint, then every test but the soak
+	$(PY) -m pytest
+
+lint: $(STAMP) ## ruff (rules and format) and mypy in strict mode
+	$(PY) -m ruff check
+	$(PY) -m ruff format --check
+	$(PY) -m mypy
+
+soak: $(STAMP) ## the long versions: soak tests, then the simulator over SOAK_SEEDS (default 0:20000)
+	$(PY) -m pytest -m soak --hypothesis-profile=soak -o faulthandler_timeout=0
+	$(PY) -m everstep.sim --seeds $(SOAK_SEEDS)
+
+bench: $(STAMP) ## run every bench/bench_*.py
+	@shopt -s nullglob; \
+	for script in bench/bench_*.py; do echo "== $$script"; $(PY) "$$script"; done
+
+docs: $(STAMP) ## regenerate the tables of docs/protocol.md from the code
+	$(PY) docs/generate.py
+
+clean: ## remove caches and build output, keep .venv
+	rm -rf build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	find src tests examples bench docs -name __pycache__ -type d -prune -exec rm -rf {} +
+
+distclean: clean ## clean, and remove .venv
+	rm -rf $(VENV)

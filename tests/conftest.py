@@ -1,0 +1,43 @@
+"""Fixtures for every test, and the check that the whole session leaves nothing behind."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import hypothesis
+import pytest
+
+from tests.support.leaks import LeakWatch, use_temp_dir
+from tests.support.processes import Spawner
+
+# Deadlines per example measure the machine, not the code. In CI a failure must not depend on the day.
+hypothesis.settings.register_profile("default", deadline=None)
+hypothesis.settings.register_profile("ci", deadline=None, derandomize=True, print_blob=True)
+hypothesis.settings.register_profile("soak", deadline=None, max_examples=5000)
+hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "default")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def leak_watch(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LeakWatch]:
+    """Fails the session when anything that the tests made is still there after the last fixture."""
+    temp_dir = tmp_path_factory.mktemp("tmpdir")
+    use_temp_dir(temp_dir)
+    watch = LeakWatch(temp_dir)
+    yield watch
+    leaks = watch.leaks()
+    if leaks:
+        pytest.fail("left behind by the tests:\n  " + "\n  ".join(leaks), pytrace=False)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _note_leaks(request: pytest.FixtureRequest, leak_watch: LeakWatch) -> Iterator[None]:
+    """Autouse and first, hence torn down after the other fixtures of the module."""
+    yield
+    leak_watch.note(request.node.nodeid)
+
+
+@pytest.fixture
+def spawn(tmp_path: Path) -> Iterator[Spawner]:
+    """Starts real python processes; see `Spawner`."""
+    with Spawner(tmp_path) as spawner:
+        yield spawner
