@@ -22,7 +22,7 @@ MAY_IMPORT: dict[str, frozenset[str] | None] = {
     "fork_guard": frozenset(),
     "config": frozenset({"core", "errors"}),
     "link": SHELLS_ALL | {"link", "core"},
-    "lighthouse": SHELLS_ALL | {"lighthouse", "link", "core"},
+    "lighthouse": SHELLS_ALL | {"lighthouse", "link", "core", "config"},
     "launcher": SHELLS_ALL | {"launcher", "lighthouse", "link", "core", "config"},
     "monitor": SHELLS_ALL | {"monitor", "core"},
     "collectives": SHELLS_ALL | {"collectives", "core"},

@@ -12,6 +12,7 @@ from collections.abc import Iterable
 import msgspec
 
 REPLICA_ID_CHARS_MAX = 128
+JOB_ID_CHARS_MAX = 128
 _NATURAL = re.compile(r"(\d+)")
 
 

@@ -1,0 +1,88 @@
+"""The `everstep` command. Each command imports what it runs only when it runs, so that `--help` answers at once."""
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from everstep import __version__
+from everstep.config import LIGHTHOUSE_PORT, LighthouseSettings, job_token
+from everstep.errors import ConfigError
+
+EXIT_CONFIG = 90  # an argument, a variable or the machine's set-up is wrong; starting again would not help
+
+app = typer.Typer(
+    name="everstep",
+    help="Keeps PyTorch training jobs stepping while machines under them fail.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+
+def main() -> None:
+    """Entry point: a ConfigError is one line for the operator, not a traceback."""
+    try:
+        app()
+    except ConfigError as error:
+        typer.echo(f"everstep: {error}", err=True)
+        sys.exit(EXIT_CONFIG)
+
+
+def _print_version(is_asked: bool) -> None:
+    if is_asked:
+        typer.echo(f"everstep {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def everstep(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def lighthouse(
+    port: Annotated[int, typer.Option(help="TCP port; 0 takes any free one.")] = LIGHTHOUSE_PORT,
+    bind: Annotated[str, typer.Option(help="Address to listen on; beyond loopback a token is required.")] = "127.0.0.1",
+    min_replicas: Annotated[int, typer.Option(help="Commit no step with fewer replica groups.")] = 1,
+    join_timeout: Annotated[float, typer.Option(help="Seconds to wait for groups that do not answer.")] = 10.0,
+    heartbeat_timeout: Annotated[float, typer.Option(help="Seconds of silence that make a member suspect.")] = 2.0,
+    state_dir: Annotated[Path | None, typer.Option(help="Where to remember jobs over a restart.")] = None,
+    token_file: Annotated[Path | None, typer.Option(help="File of the job token, mode 0600.")] = None,
+    tls_cert: Annotated[Path | None, typer.Option(help="PEM file of the certificate.")] = None,
+    tls_key: Annotated[Path | None, typer.Option(help="PEM file of its key.")] = None,
+    job: Annotated[list[str] | None, typer.Option(help="Serve only this job; may be repeated.")] = None,
+) -> None:
+    """Serve the links of training jobs; SIGTERM or SIGINT ends it."""
+    settings = LighthouseSettings(
+        bind=bind,
+        port=port,
+        min_replicas=min_replicas,
+        join_timeout_s=join_timeout,
+        heartbeat_timeout_s=heartbeat_timeout,
+        state_dir=state_dir,
+        token=job_token(token_file=token_file),
+        tls_cert=tls_cert,
+        tls_key=tls_key,
+        jobs=tuple(job or ()),
+    )
+    import logging
+
+    from everstep.lighthouse.app import Lighthouse, serve
+
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+
+    def announce(ready: Lighthouse) -> None:
+        typer.echo(f"everstep lighthouse listening on {ready.address}")
+
+    serve(settings, announce)
+
+
+if __name__ == "__main__":
+    main()

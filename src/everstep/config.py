@@ -1,0 +1,253 @@
+"""Settings of a trainer and of a lighthouse: explicit arguments first, then the environment, then the default.
+
+Every wrong value is a ConfigError that names the argument or variable, the value, and what to do. Nothing else in the
+package reads the environment, and nothing writes it.
+
+| variable | means |
+|---|---|
+| EVERSTEP_LIGHTHOUSE | `host:port` or an http(s) URL; unset: the script trains alone |
+| EVERSTEP_JOB_ID | the job among those of the lighthouse; "default" |
+| EVERSTEP_TOKEN_FILE, EVERSTEP_TOKEN | the job token: its file (mode 0600), or itself |
+| EVERSTEP_TLS_CA | PEM file of the authority that signed the lighthouse's certificate |
+| REPLICA_GROUP_ID | this replica group's stable name |
+| NUM_REPLICA_GROUPS | how many groups found the job together |
+"""
+
+import dataclasses
+import ipaddress
+import math
+import os
+import stat
+from collections.abc import Mapping
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from everstep.core.types import JOB_ID_CHARS_MAX, REPLICA_ID_CHARS_MAX
+from everstep.errors import ConfigError
+
+LIGHTHOUSE_PORT = 29520
+TOKEN_BYTES_MIN = 8
+TOKEN_BYTES_MAX = 4096
+REPLICA_GROUPS_MAX = 100_000
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ManagerSettings:
+    """What a trainer needs to know. `lighthouse` is a base URL; None: train alone, with no network."""
+
+    lighthouse: str | None = None
+    job_id: str = "default"
+    token: bytes | None = dataclasses.field(default=None, repr=False)
+    tls_ca: Path | None = None
+    replica_group_id: str = "0"
+    replica_groups: int = 0  # 0: not known
+    min_replicas: int = 1
+    connect_timeout_s: float = 30.0
+
+    def __post_init__(self) -> None:
+        check_job_id("job_id", self.job_id)
+        check_token("token", self.token)
+        _check_name("replica_group_id (REPLICA_GROUP_ID)", self.replica_group_id, REPLICA_ID_CHARS_MAX)
+        check_count("replica_groups (NUM_REPLICA_GROUPS)", self.replica_groups, 0, REPLICA_GROUPS_MAX)
+        check_count("min_replicas", self.min_replicas, 1, REPLICA_GROUPS_MAX)
+        check_duration("connect_timeout_s", self.connect_timeout_s)
+        if 0 < self.replica_groups < self.min_replicas:
+            raise ConfigError(
+                f"min_replicas={self.min_replicas} is above the number of replica groups, {self.replica_groups}: no "
+                "step would ever commit; lower min_replicas or raise NUM_REPLICA_GROUPS"
+            )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LighthouseSettings:
+    """What a lighthouse needs to know. Durations in seconds; port 0 takes any free one."""
+
+    bind: str = "127.0.0.1"
+    port: int = LIGHTHOUSE_PORT
+    min_replicas: int = 1
+    join_timeout_s: float = 10.0
+    heartbeat_timeout_s: float = 2.0
+    link_grace_s: float = 0.02
+    state_dir: Path | None = None  # None: the lighthouse's memory ends with its process
+    token: bytes | None = dataclasses.field(default=None, repr=False)
+    tls_cert: Path | None = None
+    tls_key: Path | None = None
+    jobs: tuple[str, ...] = ()  # the only jobs that are served; (): any
+    jobs_max: int = 1000
+
+    def __post_init__(self) -> None:
+        check_count("port", self.port, 0, 65535)
+        check_count("min_replicas", self.min_replicas, 1, REPLICA_GROUPS_MAX)
+        check_count("jobs_max", self.jobs_max, 1, 1_000_000)
+        check_duration("join_timeout_s", self.join_timeout_s)
+        check_duration("heartbeat_timeout_s", self.heartbeat_timeout_s)
+        check_duration("link_grace_s", self.link_grace_s)
+        check_token("token", self.token)
+        for job_id in self.jobs:
+            check_job_id("jobs", job_id)
+        if not self.bind:
+            raise ConfigError("bind is empty: give an address, 127.0.0.1 or 0.0.0.0, say")
+        if self.token is None and not is_loopback(self.bind):
+            raise ConfigError(
+                f"bind={self.bind} opens the lighthouse to the network, and there is no job token: give --token-file "
+                "(EVERSTEP_TOKEN_FILE), or bind 127.0.0.1"
+            )
+        if (self.tls_cert is None) != (self.tls_key is None):
+            raise ConfigError("--tls-cert and --tls-key belong together: give both, or neither")
+
+    @property
+    def heartbeat_interval_s(self) -> float:
+        return self.heartbeat_timeout_s / 4
+
+
+def manager_settings(
+    *,
+    lighthouse: str | None = None,
+    job_id: str | None = None,
+    token: bytes | None = None,
+    token_file: str | Path | None = None,
+    tls_ca: str | Path | None = None,
+    replica_group_id: str | int | None = None,
+    replica_groups: int | None = None,
+    min_replicas: int = 1,
+    connect_timeout_s: float = 30.0,
+    environ: Mapping[str, str] | None = None,
+) -> ManagerSettings:
+    """Settings from these arguments and, where they are None, from the environment. Raises ConfigError."""
+    env = os.environ if environ is None else environ
+    address = _given(lighthouse, "lighthouse", env, "EVERSTEP_LIGHTHOUSE")
+    group = str(replica_group_id) if replica_group_id is not None else env.get("REPLICA_GROUP_ID", "")
+    if address and not group:
+        raise ConfigError(
+            "this replica group has no name: set REPLICA_GROUP_ID (0, 1, 2, … one for each group), or pass "
+            "replica_group_id"
+        )
+    return ManagerSettings(
+        lighthouse=lighthouse_url(address[1], address[0]) if address else None,
+        job_id=job_id if job_id is not None else env.get("EVERSTEP_JOB_ID") or "default",
+        token=job_token(token, token_file, env),
+        tls_ca=_path(tls_ca, env, "EVERSTEP_TLS_CA"),
+        replica_group_id=group or "0",
+        replica_groups=replica_groups if replica_groups is not None else _count_in(env, "NUM_REPLICA_GROUPS"),
+        min_replicas=min_replicas,
+        connect_timeout_s=connect_timeout_s,
+    )
+
+
+def job_token(
+    token: bytes | None = None, token_file: str | Path | None = None, environ: Mapping[str, str] | None = None
+) -> bytes | None:
+    """The token given, else that of the file given, else of EVERSTEP_TOKEN_FILE, else EVERSTEP_TOKEN, else None."""
+    env = os.environ if environ is None else environ
+    if token is not None:
+        return token
+    path = token_file if token_file is not None else env.get("EVERSTEP_TOKEN_FILE")
+    if path:
+        return read_token_file(Path(path))
+    text = env.get("EVERSTEP_TOKEN", "").strip()
+    if not text:
+        return None
+    found = text.encode()
+    check_token("EVERSTEP_TOKEN", found)
+    return found
+
+
+def read_token_file(path: Path) -> bytes:
+    """The token, without surrounding blanks. A file that others can read is refused: its token is no secret."""
+    try:
+        with path.open("rb") as file:
+            mode = stat.S_IMODE(os.fstat(file.fileno()).st_mode)
+            content = file.read(TOKEN_BYTES_MAX + 1)
+    except OSError as error:
+        raise ConfigError(f"token file {path} cannot be read: {error.strerror}") from error
+    if mode & 0o077:
+        raise ConfigError(f"token file {path} has mode {mode:04o}, so others can read it: chmod 600 {path}")
+    token = content.strip()
+    check_token(f"token file {path}", token)
+    return token
+
+
+def lighthouse_url(address: str, name: str = "lighthouse") -> str:
+    """`host:port` or an http(s) URL as a base URL without a slash at its end. `name` is for the error."""
+    text = address.strip()
+    hint = f"{name}={address!r} is no address of a lighthouse; give host:port or http://host:port"
+    url = text if "://" in text else f"http://{text}"
+    try:
+        parts = urlsplit(url)
+        port = parts.port
+    except ValueError as error:
+        raise ConfigError(f"{hint} ({error})") from error
+    if parts.scheme not in ("http", "https"):
+        raise ConfigError(f"{hint} (scheme {parts.scheme!r})")
+    if not parts.hostname or any(c.isspace() for c in text):
+        raise ConfigError(f"{hint} (no host)" if not parts.hostname else f"{hint} (blanks)")
+    if parts.username is not None or parts.query or parts.fragment:
+        raise ConfigError(f"{hint} (no user, query or fragment)")
+    if port is None and "://" not in text:
+        port = LIGHTHOUSE_PORT
+    if port == 0:
+        raise ConfigError(f"{hint} (port 0)")
+    host = f"[{parts.hostname}]" if ":" in parts.hostname else parts.hostname
+    return f"{parts.scheme}://{host}{f':{port}' if port is not None else ''}{parts.path.rstrip('/')}"
+
+
+def is_loopback(host: str) -> bool:
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+# ---- checks, for settings here and for arguments elsewhere
+
+
+def check_duration(name: str, value: object) -> None:
+    """Finite and above zero, in seconds."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or value <= 0:
+        raise ConfigError(f"{name}={value!r} is no duration: give seconds, a finite number above 0")
+
+
+def check_count(name: str, value: object, lowest: int, highest: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or not lowest <= value <= highest:
+        raise ConfigError(f"{name}={value!r} must be a whole number from {lowest} to {highest}")
+
+
+def check_job_id(name: str, value: str) -> None:
+    _check_name(f"{name} (EVERSTEP_JOB_ID)", value, JOB_ID_CHARS_MAX)
+
+
+def check_token(name: str, token: bytes | None) -> None:
+    """The value is never part of the message."""
+    if token is not None and not TOKEN_BYTES_MIN <= len(token) <= TOKEN_BYTES_MAX:
+        raise ConfigError(
+            f"{name} has {len(token)} bytes; a job token has {TOKEN_BYTES_MIN} to {TOKEN_BYTES_MAX}. Make one with: "
+            "(umask 077; head -c 32 /dev/urandom | base64 > token)"
+        )
+
+
+def _check_name(name: str, value: str, chars_max: int) -> None:
+    if not 0 < len(value) <= chars_max or not value.isprintable() or value != value.strip():
+        raise ConfigError(f"{name}={value[:chars_max]!r} must have 1 to {chars_max} printable characters")
+
+
+def _given(argument: str | None, name: str, env: Mapping[str, str], variable: str) -> tuple[str, str] | None:
+    """(where it was given, value), or None where it was not."""
+    if argument is not None:
+        return (name, argument)
+    return (variable, env[variable]) if env.get(variable) else None
+
+
+def _path(argument: str | Path | None, env: Mapping[str, str], variable: str) -> Path | None:
+    value = argument if argument is not None else env.get(variable)
+    return Path(value) if value else None
+
+
+def _count_in(env: Mapping[str, str], variable: str) -> int:
+    text = env.get(variable, "")
+    if not text:
+        return 0
+    if not text.isascii() or not text.isdigit():
+        raise ConfigError(f"{variable}={text!r} must be a whole number, the number of replica groups")
+    return int(text[:12])

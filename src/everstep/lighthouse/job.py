@@ -1,0 +1,196 @@
+"""One job of a lighthouse: its machine, its clock, its journal, and the order of its effects.
+
+What the machine returned after a Persist waits until that record is on disk. Writes run in an executor, one at a time;
+records that pile up meanwhile share the next one, since each replaces those before it. Other jobs do not wait.
+"""
+
+import asyncio
+import collections
+import concurrent.futures
+import logging
+import secrets
+import time
+from collections.abc import Callable
+from typing import Protocol
+
+from everstep.config import LighthouseSettings
+from everstep.core.lighthouse import Event, JobConfig, LighthouseMachine
+from everstep.core.messages import Close, Effect, JournalRecord, Log, Persist, Send
+from everstep.lighthouse.journal import Journal
+from everstep.link.driver import Driver
+from everstep.link.server import LinkServer
+
+WRITE_RETRY_S = 1.0
+LOG_REPEAT_S = 60.0  # an unchanged line of the same event is said again after this time
+
+log = logging.getLogger("everstep.lighthouse")
+
+
+class JobMachine(Protocol):
+    """What a job needs of LighthouseMachine."""
+
+    def start(self, now: float, /) -> list[Effect]: ...
+    def receive(self, event: Event, now: float, /) -> list[Effect]: ...
+    def tick(self, now: float, /) -> list[Effect]: ...
+    def next_deadline(self) -> float | None: ...
+    def status(self, now: float, /) -> dict[str, object]: ...
+
+
+def make_machine(job_id: str, settings: LighthouseSettings, record: JournalRecord | None) -> LighthouseMachine:
+    config = JobConfig(
+        job_id=job_id,
+        lighthouse=secrets.token_hex(8),
+        history=secrets.token_hex(8),
+        min_replicas=settings.min_replicas,
+        join_timeout_s=settings.join_timeout_s,
+        heartbeat_interval_s=settings.heartbeat_interval_s,
+        heartbeat_timeout_s=settings.heartbeat_timeout_s,
+        link_grace_s=settings.link_grace_s,
+    )
+    return LighthouseMachine(config, record)
+
+
+class Job:
+    """All of it runs on the server's loop, but for the journal's writes. `journal` None: memory only.
+
+    `on_crash` hears of a bug in the machine, at most once; the job does nothing more then but to be closed.
+    """
+
+    def __init__(
+        self,
+        job_id: str,
+        machine: JobMachine,
+        server: LinkServer,
+        journal: Journal | None,
+        executor: concurrent.futures.Executor,
+        on_crash: Callable[["Job", Exception], None],
+    ) -> None:
+        self.job_id = job_id
+        self.links: dict[int, None] = {}
+        self.record: JournalRecord | None = None  # the last one that is durable, or would be on a disk
+        self._machine = machine
+        self._server = server
+        self._journal = journal
+        self._executor = executor
+        self._on_crash = on_crash
+        self._driver: Driver[Event] = Driver(machine, self._perform, on_crash=self._crashed)
+        self._queue: collections.deque[Effect | int] = collections.deque()  # a number: wait for that Persist
+        self._persists = 0
+        self._durable = 0
+        self._newest: JournalRecord | None = None
+        self._writing: asyncio.Task[None] | None = None
+        self._is_closed = False
+        self._said: dict[str, tuple[dict[str, object], float]] = {}
+
+    def start(self) -> None:
+        if self._journal is not None and self._journal.torn_bytes:
+            log.warning("journal tail ignored job=%s bytes=%d", self.job_id, self._journal.torn_bytes)
+        self._driver.run(self._machine.start)
+        self._driver.attach(asyncio.get_running_loop())
+
+    def receive(self, event: Event) -> None:
+        try:
+            self._driver.receive(event)
+        except Exception as error:
+            # Boundary between jobs: a bug that one of them met must not end the others.
+            self._crashed(error)
+
+    def status(self) -> dict[str, object]:
+        return self._machine.status(time.monotonic())
+
+    async def close(self) -> None:
+        """Nothing more is said or written; a write under way is waited for."""
+        self._is_closed = True
+        self._driver.close()
+        self._queue.clear()
+        if self._writing is not None:
+            await asyncio.wait({self._writing})
+        if self._journal is not None:
+            self._journal.close()
+
+    # ---- effects, in order
+
+    def _perform(self, effects: list[Effect]) -> None:
+        for effect in effects:
+            if isinstance(effect, Persist):
+                self._persists += 1
+                self._newest = effect.record
+                self._queue.append(self._persists)
+            else:
+                self._queue.append(effect)
+        self._advance()
+
+    def _advance(self) -> None:
+        while self._queue and not self._is_closed:
+            head = self._queue[0]
+            if isinstance(head, int) and head > self._durable:
+                self._begin_write()
+                if head > self._durable:
+                    return
+            self._queue.popleft()
+            if not isinstance(head, int):
+                self._do(head)
+
+    def _do(self, effect: Effect) -> None:
+        match effect:
+            case Send(message, links):
+                self._server.send(message, links)  # type: ignore[arg-type]
+            case Close(link, reason):
+                self._server.close_link(link, reason)
+            case Log(event, fields):
+                self._say(event, fields)
+            case _:
+                raise AssertionError(f"a lighthouse's machine returned {effect}")
+
+    def _begin_write(self) -> None:
+        if self._journal is None:
+            self.record, self._durable = self._newest, self._persists
+        elif self._writing is None:
+            self._writing = asyncio.get_running_loop().create_task(self._write(self._journal))
+
+    async def _write(self, journal: Journal) -> None:
+        """Until what was newest at the start of the write is durable."""
+        loop = asyncio.get_running_loop()
+        while not self._is_closed:
+            number, record = self._persists, self._newest
+            assert record is not None
+            try:
+                await loop.run_in_executor(self._executor, journal.append, record)
+            except OSError as error:
+                # Without memory it must not decide anything: say so, and try until there is room again.
+                fields: dict[str, object] = {"error": str(error), "remedy": "free the disk; the job waits meanwhile"}
+                self._say("journal not written", fields, logging.ERROR)
+                await asyncio.sleep(WRITE_RETRY_S)
+                continue
+            self.record, self._durable = record, number
+            break
+        self._writing = None
+        try:
+            self._advance()
+        except Exception as error:
+            # The same boundary: a task's error has no caller.
+            self._crashed(error)
+
+    def _crashed(self, error: Exception) -> None:
+        if not self._is_closed:
+            self._is_closed = True
+            self._driver.close()
+            self._on_crash(self, error)
+
+    # ---- for people
+
+    def _say(self, event: str, fields: dict[str, object], level: int = logging.INFO) -> None:
+        """One line a change: what was said of the same event just before is not said again."""
+        now = time.monotonic()
+        fields_before, said_at = self._said.get(event, (None, 0.0))
+        if fields == fields_before and now < said_at + LOG_REPEAT_S:
+            return
+        self._said[event] = (fields, now)
+        words = "".join(f" {key}={_plain(value)}" for key, value in fields.items())
+        log.log(level, "%s job=%s%s", event, _plain(self.job_id), words)
+
+
+def _plain(value: object) -> str:
+    """One word, or quoted: what a client sent must not look like another line."""
+    text = str(value)
+    return text if text.isprintable() and text and not set(text) & set(' "=') else repr(text)

@@ -1,0 +1,117 @@
+"""The jobs of a lighthouse: each is started by its first link, and starts anew when it meets a bug."""
+
+import asyncio
+import concurrent.futures
+import logging
+
+from everstep.config import LighthouseSettings
+from everstep.core.lighthouse import LinkClosed, LinkMessage, LinkOpened
+from everstep.core.messages import JournalRecord, Refused, ToLighthouse
+from everstep.core.types import RefusalCode
+from everstep.errors import ConfigError
+from everstep.lighthouse.job import Job, make_machine
+from everstep.lighthouse.journal import StateDir
+from everstep.link.server import LinkServer
+
+WRITERS = 4  # journals that are written at the same time
+
+log = logging.getLogger("everstep.lighthouse")
+
+
+class Jobs:
+    """Hands the links' events to their jobs (it is the server's LinkListener). `state_dir` None: memory only."""
+
+    def __init__(self, settings: LighthouseSettings, state_dir: StateDir | None) -> None:
+        self._settings = settings
+        self._state_dir = state_dir
+        self._server: LinkServer | None = None
+        self._jobs: dict[str, Job] = {}
+        self._job_of: dict[int, Job] = {}
+        self._memory: dict[str, JournalRecord] = {}  # without a state directory: the last records of crashed jobs
+        self._burials: dict[str, asyncio.Task[None]] = {}
+        self._executor = concurrent.futures.ThreadPoolExecutor(WRITERS, "everstep-journal")
+
+    def attach(self, server: LinkServer) -> None:
+        self._server = server
+
+    async def close(self) -> None:
+        """No machine hears or says anything any more."""
+        jobs = list(self._jobs.values())
+        self._jobs.clear()
+        self._job_of.clear()
+        for job in jobs:
+            await job.close()
+        if self._burials:
+            await asyncio.wait(self._burials.values())
+        self._executor.shutdown()
+
+    def status(self) -> dict[str, dict[str, object]]:
+        return {job_id: {**job.status(), "links": len(job.links)} for job_id, job in self._jobs.items()}
+
+    # ---- links
+
+    def admit(self, job_id: str) -> Refused | None:
+        if self._settings.jobs and job_id not in self._settings.jobs:
+            served = ", ".join(self._settings.jobs)
+            detail = f"job {job_id!r} is not served here, only {served}: check EVERSTEP_JOB_ID"
+            return Refused(RefusalCode.WRONG_JOB, detail)
+        if job_id in self._jobs:
+            return None
+        if job_id in self._burials:
+            return Refused(RefusalCode.BUSY, f"job {job_id!r} is just starting anew; try again")
+        if len(self._jobs) >= self._settings.jobs_max:
+            detail = f"the lighthouse serves {len(self._jobs)} jobs, its limit; start another one for job {job_id!r}"
+            return Refused(RefusalCode.BUSY, detail)
+        try:
+            self._start(job_id)
+        except ConfigError as error:
+            log.error("job not started job=%r reason=%s", job_id, error)
+            return Refused(RefusalCode.BAD_CONFIG, str(error))
+        return None
+
+    def opened(self, link: int, job_id: str) -> None:
+        job = self._jobs.get(job_id)
+        if job is None:
+            assert self._server is not None
+            self._server.close_link(link, "the job starts anew")
+            return
+        self._job_of[link] = job
+        job.links[link] = None
+        job.receive(LinkOpened(link))
+
+    def message(self, link: int, message: ToLighthouse) -> None:
+        job = self._job_of.get(link)
+        if job is not None:
+            job.receive(LinkMessage(link, message))
+
+    def closed(self, link: int, detail: str) -> None:
+        job = self._job_of.pop(link, None)
+        if job is not None:
+            job.links.pop(link, None)
+            job.receive(LinkClosed(link, detail))
+
+    # ---- a job's life
+
+    def _start(self, job_id: str) -> None:
+        assert self._server is not None
+        journal = self._state_dir.journal(job_id) if self._state_dir is not None else None
+        record = journal.load() if journal is not None else self._memory.get(job_id)
+        machine = make_machine(job_id, self._settings, record)
+        job = Job(job_id, machine, self._server, journal, self._executor, self._crashed)
+        self._jobs[job_id] = job
+        job.start()
+
+    def _crashed(self, job: Job, error: Exception) -> None:
+        """A bug. The job starts anew from its last record, as after a crash of the whole lighthouse."""
+        log.error("job crashed job=%r; it starts anew from its last record", job.job_id, exc_info=error)
+        assert self._server is not None
+        if self._jobs.get(job.job_id) is job:
+            del self._jobs[job.job_id]
+        if job.record is not None and self._state_dir is None:
+            self._memory[job.job_id] = job.record
+        for link in list(job.links):
+            self._job_of.pop(link, None)
+            self._server.close_link(link, "the lighthouse met a bug in this job; it starts anew")
+        burial = asyncio.get_running_loop().create_task(job.close())
+        self._burials[job.job_id] = burial
+        burial.add_done_callback(lambda _: self._burials.pop(job.job_id, None))
