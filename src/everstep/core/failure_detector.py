@@ -51,9 +51,9 @@ class FailureDetector:
             self._closed[member] = detail
             self._set(member, now + self._policy.link_grace_s)
 
-    def confirm(self, now: float) -> None:
-        """Somebody else saw a failure as well: closed links get no more grace."""
-        for member in self._closed:
+    def confirm(self, member: MemberId, now: float) -> None:
+        """Somebody else saw `member` fail as well: if its link is closed it gets no more grace."""
+        if member in self._closed:
             self._set(member, now)
 
     def forget(self, member: MemberId) -> None:

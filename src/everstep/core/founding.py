@@ -52,7 +52,8 @@ class FoundingDesk:
             return []
         fresh = {member.replica_id for member in self._joiners}
         for member in state.known_members:
-            if state.suspects.get(member) not in GONE_FOR_CERTAIN or member.replica_id not in fresh:
+            cause = state.suspects.get(member)
+            if cause not in GONE_FOR_CERTAIN or (cause is not Cause.LEFT and member.replica_id not in fresh):
                 return []
         fields: dict[str, object] = {"history": state.history, "quorum": str(state.current.id)}
         fields["why"] = "every member that held the state has exited and was started afresh"
@@ -63,12 +64,8 @@ class FoundingDesk:
         state = self._state
         for member in state.known_members:
             state.evict(member)
-        state.current, state.round, state.history = None, None, ""
-        state.is_founding, state.ended = False, False
-        state.proposals.clear()
-        state.suspects.clear()
-        state.departed.clear()
-        state.leaving.clear()
+        state.forget_quorums()
+        state.history, state.ended = "", False
         return [state.persist()]
 
     def _found(self, peers: list[Peer]) -> list[Effect]:

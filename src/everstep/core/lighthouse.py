@@ -72,6 +72,7 @@ class LighthouseMachine:
         self._detector = FailureDetector(config.detector_policy)
         self._changes = Reconfigurer(self._state, self._roster, self._joiners)
         self._founding = FoundingDesk(self._state, self._roster, self._joiners)
+        self._witnessed: dict[MemberId, None] = {}  # named by a failed collective since the last quorum
         self._admission = Admission(self._state, self._roster, self._joiners, self._detector, self._changes)
 
     # ---- the machine contract
@@ -142,8 +143,8 @@ class LighthouseMachine:
                 out += self._failed(peer, message, now)
             case Drain():
                 out += self._drain(peer)
-            case Goodbye(reason):
-                out += self._goodbye(peer, reason, now)
+            case Goodbye():
+                out += self._goodbye(peer, message, now)
         return out
 
     def _adopted(self, quorum_id: QuorumId, now: float) -> list[Effect]:
@@ -163,8 +164,9 @@ class LighthouseMachine:
         state = self._state
         if not state.is_current(peer.member):
             return []
-        # A second witness: closed links get no more grace (DESIGN 4.3, evidence).
-        self._detector.confirm(now)
+        if message.peer is not None:
+            self._witnessed[message.peer] = None
+            self._detector.confirm(message.peer, now)
         if state.round is not None:
             return []
         named = f" (peer {message.peer})" if message.peer else ""
@@ -173,32 +175,30 @@ class LighthouseMachine:
 
     def _drain(self, peer: Peer) -> list[Effect]:
         if not self._state.is_current(peer.member):
-            self._joiners.pop(peer.member, None)
-            return self._changes.propose()
+            return []  # a joiner leaves by itself; one that is being switched in asks again
         self._state.leaving[peer.member] = None
         return [Log("drain asked", {"member": str(peer.member)}), *self._changes.propose()]
 
-    def _goodbye(self, peer: Peer, reason: str, now: float) -> list[Effect]:
+    def _goodbye(self, peer: Peer, message: Goodbye, now: float) -> list[Effect]:
         state = self._state
         peer.leaving = True
         self._joiners.pop(peer.member, None)
         self._detector.forget(peer.member)
-        out: list[Effect] = [Log("member left", {"member": str(peer.member), "reason": reason})]
-        if not state.is_current(peer.member):
-            return out + self._changes.propose()
-        assert state.current is not None
-        state.departed[peer.member] = None
+        out: list[Effect] = [Log("member left", {"member": str(peer.member), "reason": message.reason})]
+        if peer.member not in state.known_members:
+            return out
+        state.departed[peer.member] = message.had_state
         # The others may be about to leave as well: end of training. If not, their next collective tells at once.
         self._detector.watch(peer.member, now)
-        self._detector.link_closed(peer.member, f"left: {reason}", now + self._config.leave_grace_s)
+        self._detector.link_closed(peer.member, f"left: {message.reason}", now + self._config.leave_grace_s)
         if state.round is not None:
-            self._detector.confirm(now)
+            self._detector.confirm(peer.member, now)
         return out
 
     def _end_if_all_left(self) -> list[Effect]:
         """Every member of the quorum left on purpose, or is gone for certain: the job is over."""
         state = self._state
-        if state.current is None or not state.departed:
+        if state.current is None or not any(state.departed.values()):
             return []
         for member in state.current.member_ids:
             if member not in state.departed and state.suspects.get(member) not in GONE_FOR_CERTAIN:
@@ -227,8 +227,8 @@ class LighthouseMachine:
         if member in self._state.known_members:
             if member not in self._state.departed:
                 self._detector.link_closed(member, detail or "link closed without Goodbye", now)
-                if self._state.round is not None:
-                    self._detector.confirm(now)
+                if member in self._witnessed:  # a second witness: no grace (DESIGN 4.3, evidence)
+                    self._detector.confirm(member, now)
         else:
             self._detector.forget(member)
             self._roster.forget(member)

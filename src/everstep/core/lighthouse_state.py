@@ -55,6 +55,8 @@ class JobState:
         self.history = record.history if record else ""
         self.current: Quorum | None = record.current if record else None
         self.proposals: dict[QuorumId, Quorum] = {q.id: q for q in record.proposals} if record else {}
+        # The newest proposal, while every member of the current quorum has been sent it.
+        self.wanted = next(reversed(self.proposals.values())) if self.proposals else None
         self.is_founding = record.is_founding if record else False
         self.ended = record.ended if record else False
         self.incarnation_limit = record.incarnation_limit if record else 0
@@ -63,13 +65,8 @@ class JobState:
         self.suspects: dict[MemberId, Cause] = {}
         self.evicted: dict[str, int] = {}  # highest evicted incarnation of each replica_id
         self.leaving: dict[MemberId, None] = {}
-        self.departed: dict[MemberId, None] = {}  # members of the current quorum that said Goodbye
+        self.departed: dict[MemberId, bool] = {}  # who of known_members said Goodbye, and whether it held the state
         self.failures = 0
-
-    @property
-    def wanted(self) -> Quorum | None:
-        """The newest outstanding proposal."""
-        return next(reversed(self.proposals.values())) if self.proposals else None
 
     @property
     def known_members(self) -> dict[MemberId, Member]:
@@ -120,6 +117,15 @@ class JobState:
                 ended=self.ended,
             )
         )
+
+    def forget_quorums(self) -> None:
+        """Nobody is a member any more."""
+        self.current, self.round, self.wanted = None, None, None
+        self.is_founding = False
+        self.proposals.clear()
+        self.suspects.clear()
+        self.departed.clear()
+        self.leaving.clear()
 
     def evict(self, member: MemberId) -> None:
         self.evicted[member.replica_id] = max(member.incarnation, self.evicted.get(member.replica_id, 0))

@@ -105,6 +105,7 @@ class Goodbye(msgspec.Struct, frozen=True, tag="goodbye"):
     """The process ends on purpose; its link closes next."""
 
     reason: str = ""
+    had_state: bool = False
 
 
 # ---- lighthouse to member

@@ -36,8 +36,10 @@ class Reconfigurer:
         state = self._state
         out: list[Effect] = []
         self._joiners.pop(member, None)
-        if member in state.suspects or member not in state.known_members:
+        if member in state.suspects:
             return out
+        if member not in state.known_members:
+            return self._refuse([member], "not heard of while it waited to join: " + detail)
         state.suspects[member] = cause
         out.append(Log("member suspected", {"member": str(member), "cause": cause.value, "detail": detail}))
         if not state.is_current(member):
@@ -163,15 +165,14 @@ class Reconfigurer:
         state = self._state
         assert state.round is not None
         assert state.current is not None
+        out: list[Effect] = [Log("founding abandoned", {"quorum": str(state.current.id)})]
         for member in state.current.member_ids:
             if member in state.round.reports and self._roster.is_connected(member):
                 self._joiners[member] = None
             else:
-                state.evict(member)
-        out: list[Effect] = [Log("founding abandoned", {"quorum": str(state.current.id)})]
-        state.current, state.round, state.history, state.is_founding = None, None, "", False
-        state.proposals.clear()
-        state.suspects.clear()
+                out += self._refuse([member], "its quorum was founded anew without it")
+        state.forget_quorums()
+        state.history = ""
         return [*out, state.persist()]
 
     def _grant(self, survivors: tuple[MemberId, ...], now: float) -> list[Effect]:
@@ -185,6 +186,7 @@ class Reconfigurer:
         new = state.new_quorum({m.id: m for m in old.members if m.id in kept})
         state.current, state.round, state.is_founding = new, None, False
         state.proposals.clear()
+        state.wanted = None
         suspects = dict(state.suspects)
         state.suspects.clear()
         for member in left_out:
@@ -243,6 +245,7 @@ class Reconfigurer:
             return False
         old, state.current = state.current, state.proposals[quorum_id]
         state.is_founding = False
+        state.wanted = None  # proposed again under a new id: who has just come in was never sent it
         for other in [q for q in state.proposals if q <= quorum_id]:
             del state.proposals[other]
         left = [m for m in old.member_ids if not state.current.is_member(m)]
@@ -283,7 +286,7 @@ class Reconfigurer:
         # The store stays with a member that holds the state: a joiner may not be up yet.
         host = next(m for m in current.members if m.id in members)
         new = state.new_quorum(members, store=host.store)
-        state.proposals[new.id] = new
+        state.proposals[new.id] = state.wanted = new
         out: list[Effect] = [state.persist()]
         for change, links in self._roster.split_by_known(new, current, current.member_ids):
             out.append(Send(Proposal(new.id, change), links))

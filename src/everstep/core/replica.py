@@ -91,10 +91,9 @@ class Replica(ReplicaState):
                 return self._collective_failed(event, now)
             case AskToLeave():
                 self._wants_to_leave = True
-                return self._send(Drain())
+                return self._leave("drained before it had joined") if self.quorum is None else self._send(Drain())
             case Leave(reason):
-                self.has_left = True
-                return self._send(Goodbye(reason))
+                return self._leave(reason)
             case TrainAlone(history):
                 return self._train_alone(history)
         raise LocalProtocolError(f"unknown event {event!r}")
@@ -119,8 +118,14 @@ class Replica(ReplicaState):
     def _link_up(self) -> list[Effect]:
         self._is_up = True
         out: list[Effect] = self._leave_group() if self.lineage is None else []
+        if self._wants_to_leave and self.lineage is None:
+            return out + self._leave("drained while it was away")
         out += self._send(self._hello())
         return out + (self._send(Drain()) if self._wants_to_leave else [])
+
+    def _leave(self, reason: str) -> list[Effect]:
+        self.has_left = True
+        return self._send(Goodbye(reason, self.lineage is not None))
 
     def _hello(self) -> Hello:
         config = self.config
@@ -186,7 +191,10 @@ class Replica(ReplicaState):
                 self.tag = None
             if self.quorum is not None:
                 out.append(Sever(self.quorum.id))
-        return out + self._send(Ready(message.round, self.report()))
+        out += self._send(Ready(message.round, self.report()))
+        if self._wants_to_leave and self.lineage is None:
+            out += self._leave("drained before it had joined")
+        return out
 
     def _grant(self, grant: Grant, now: float) -> list[Effect]:
         if not self.is_frozen or grant.round != self.round or self.quorum is None or grant.quorum_id <= self.quorum.id:

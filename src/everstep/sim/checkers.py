@@ -1,0 +1,79 @@
+"""What must hold in every schedule (invariants I1 to I5 of the design), apart from the machines that they check."""
+
+import dataclasses
+
+from everstep.core.replica import Replica
+from everstep.core.types import Lineage, MemberId, QuorumId
+
+Batch = tuple[str, int]  # (name of a process, number of its batch)
+
+
+class Violation(Exception):
+    """A schedule led to a state that the design rules out."""
+
+
+@dataclasses.dataclass
+class Weights:
+    """Stands for a model: the batches that made it, in order, as a chain of hashes."""
+
+    value: int = 0
+    step: int = 0
+
+    def applied(self, gradient: tuple[Batch, ...]) -> "Weights":
+        return Weights(hash((self.value, gradient)), self.step + 1)
+
+
+class Checkers:
+    """Fed with every change that a member makes visible. Raises Violation."""
+
+    def __init__(self) -> None:
+        self.committed: dict[tuple[str, int], bytes] = {}
+        self.weights: dict[tuple[str, int], int] = {}
+        self.batch_at: dict[tuple[str, Batch], int] = {}
+        self._members_of: dict[QuorumId, tuple[MemberId, ...]] = {}
+        self._quorum_of: dict[str, QuorumId] = {}
+        self._lineage_of: dict[str, Lineage] = {}
+
+    def observe(self, process: str, replica: Replica) -> None:
+        """After every event of `process`: ids grow and name one membership (I5); one lineage a step (I1, I3)."""
+        if replica.quorum is not None:
+            self._check_quorum(process, replica)
+        lineage = replica.lineage
+        before = self._lineage_of.pop(process, None)
+        if lineage is None:
+            return
+        self._lineage_of[process] = lineage
+        if (
+            before is not None
+            and before.history == lineage.history
+            and lineage.step not in (before.step, before.step + 1)
+        ):
+            raise Violation(f"I3 {process} jumps from step {before.step} to {lineage.step}")
+        known = self.committed.setdefault((lineage.history, lineage.step), lineage.digest)
+        if known != lineage.digest:
+            raise Violation(f"I1 {process} has another lineage at step {lineage.step} of {lineage.history}")
+
+    def _check_quorum(self, process: str, replica: Replica) -> None:
+        assert replica.quorum is not None
+        quorum_id = replica.quorum.id
+        if quorum_id < self._quorum_of.get(process, quorum_id):
+            raise Violation(f"I5 {process} goes back from quorum {self._quorum_of[process]} to {quorum_id}")
+        self._quorum_of[process] = quorum_id
+        members = self._members_of.setdefault(quorum_id, replica.quorum.member_ids)
+        if members != replica.quorum.member_ids:
+            raise Violation(f"I5 quorum {quorum_id} is {members} and {replica.quorum.member_ids}")
+
+    def applied(self, process: str, lineage: Lineage, weights: Weights, gradient: tuple[Batch, ...]) -> None:
+        """`process` applied the gradient of a committed step: same weights everywhere (I2), each batch once (I4)."""
+        known = self.weights.setdefault((lineage.history, lineage.step), weights.value)
+        if known != weights.value:
+            raise Violation(f"I2 {process} has other weights at step {lineage.step}")
+        for batch in gradient:
+            step = self.batch_at.setdefault((lineage.history, batch), lineage.step)
+            if step != lineage.step:
+                raise Violation(f"I4 batch {batch} counts in steps {step} and {lineage.step}")
+
+    def recovered(self, process: str, lineage: Lineage, weights: Weights) -> None:
+        known = self.weights.setdefault((lineage.history, lineage.step), weights.value)
+        if known != weights.value:
+            raise Violation(f"I2 {process} recovered other weights at step {lineage.step}")

@@ -1,0 +1,124 @@
+"""The lighthouse's process in the virtual world, and its disk."""
+
+from typing import TYPE_CHECKING
+
+from everstep.core.lighthouse import JobConfig, LighthouseMachine, LinkClosed, LinkMessage, LinkOpened
+from everstep.core.messages import Close, Effect, JournalRecord, Log, Persist, Send, ToLighthouse
+from everstep.sim.checkers import Violation
+
+if TYPE_CHECKING:
+    from everstep.sim.process import Process
+    from everstep.sim.world import World
+
+
+class LighthouseNode:
+    """One lighthouse process after another on one disk. Effects are performed in order; a crash may come in between."""
+
+    def __init__(self, world: "World", config: JobConfig) -> None:
+        self._world = world
+        self._config = config
+        self.disk: JournalRecord | None = None
+        self.machine: LighthouseMachine | None = None
+        self._lives = 0
+        self._queue: list[Effect] = []
+        self._writing = False
+        self._links: dict[int, Process] = {}
+        self._tick_at: float | None = None
+        self.logs: list[Log] = []
+
+    @property
+    def is_up(self) -> bool:
+        return self.machine is not None
+
+    def start(self) -> None:
+        self._lives += 1
+        self.machine = LighthouseMachine(self._config, self.disk)
+        self._perform(self.machine.start(self._world.now))
+
+    def crash(self) -> None:
+        self.machine = None
+        self._queue.clear()
+        self._writing = False
+        self._tick_at = None
+        for process in list(self._links.values()):
+            process.link_lost("the lighthouse died")
+        self._links.clear()
+
+    def opened(self, link: int, process: "Process") -> None:
+        self._links[link] = process
+        self._feed(LinkOpened(link))
+
+    def closed(self, link: int, detail: str) -> None:
+        if self._links.pop(link, None) is not None:
+            self._feed(LinkClosed(link, detail))
+
+    def message(self, link: int, message: ToLighthouse) -> None:
+        if link in self._links:
+            self._feed(LinkMessage(link, message))
+
+    def _feed(self, event: LinkOpened | LinkClosed | LinkMessage) -> None:
+        if self.machine is not None:
+            self._perform(self.machine.receive(event, self._world.now))
+
+    def _perform(self, effects: list[Effect]) -> None:
+        self._queue += effects
+        self._drain_queue()
+        self._arm()
+
+    def _drain_queue(self) -> None:
+        while self._queue and not self._writing:
+            effect = self._queue.pop(0)
+            match effect:
+                case Send(message, links):
+                    for link in links:
+                        process = self._links.get(link)
+                        if process is not None:
+                            self._world.count_message()
+                            process.from_lighthouse(link, message)  # type: ignore[arg-type]
+                case Persist(record):
+                    self._write(record)
+                case Close(link, reason):
+                    process = self._links.pop(link, None)
+                    if process is not None:
+                        process.link_lost(reason)
+                        self._feed(LinkClosed(link, reason))
+                case Log():
+                    self.logs.append(effect)
+                    self._world.log("lighthouse", effect)
+
+    def _write(self, record: JournalRecord) -> None:
+        self._writing = True
+        life = self._lives
+
+        def written() -> None:
+            if self.machine is None or life != self._lives:
+                return
+            self.disk = record
+            self._writing = False
+            self._drain_queue()
+
+        self._world.after_delay("fsync", written)
+
+    def _arm(self) -> None:
+        if self.machine is None:
+            return
+        deadline = self.machine.next_deadline()
+        if deadline is None or (self._tick_at is not None and self._world.now < self._tick_at <= deadline):
+            return
+        self._tick_at = deadline
+        life = self._lives
+
+        def tick() -> None:
+            if self.machine is None or life != self._lives:
+                return
+            self._tick_at = None
+            due = self.machine.next_deadline()
+            if due is not None and self._world.now >= due:
+                effects = self.machine.tick(self._world.now)
+                after = self.machine.next_deadline()
+                if after is not None and after <= self._world.now:
+                    raise Violation(f"after a tick at {self._world.now} the lighthouse's next deadline is {after}")
+                self._perform(effects)
+            self._arm()
+
+        self._world.at(max(deadline, self._world.now), tick)

@@ -1,0 +1,168 @@
+"""The virtual world's clock, links and collectives.
+
+Links are FIFO with random delays, reordered only across links. A collective completes for each member by itself, some
+time after the last one issued it; a member that dies or severs before that leaves the others with an error, or hanging.
+"""
+
+import dataclasses
+import heapq
+import random
+from collections.abc import Callable, Sequence
+
+from everstep.core.types import MemberId, QuorumId
+
+
+class Clock:
+    """Virtual time: runs callbacks in order of their instants; ties run in the order they were asked for."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+        self.events = 0
+        self._queue: list[tuple[float, int, Callable[[], None]]] = []
+        self._asked = 0
+
+    def at(self, when: float, call: Callable[[], None]) -> None:
+        self._asked += 1
+        heapq.heappush(self._queue, (max(when, self.now), self._asked, call))
+
+    def after(self, delay: float, call: Callable[[], None]) -> None:
+        self.at(self.now + delay, call)
+
+    def step(self, until: float) -> bool:
+        """Run the next callback; False when there is none before `until`, which it then is."""
+        if not self._queue or self._queue[0][0] > until:
+            self.now = until
+            return False
+        self.now, _, call = heapq.heappop(self._queue)
+        self.events += 1
+        call()
+        return True
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Delays:
+    """Seconds, each drawn uniformly: (lowest, highest)."""
+
+    message: tuple[float, float] = (0.0001, 0.002)
+    compute: tuple[float, float] = (0.005, 0.02)
+    collective: tuple[float, float] = (0.0001, 0.003)
+    transfer: tuple[float, float] = (0.001, 0.05)
+    fsync: tuple[float, float] = (0.0002, 0.004)
+    notice_of_death: tuple[float, float] = (0.001, 0.05)
+
+
+class Channel:
+    """One direction of a link: FIFO, and closed for good once closed."""
+
+    def __init__(self, clock: Clock, rng: random.Random, delay: tuple[float, float]) -> None:
+        self._clock = clock
+        self._rng = rng
+        self._delay = delay
+        self._last_at = 0.0
+        self.stalled_until = 0.0
+        self.is_open = True
+
+    def send(self, deliver: Callable[[], None]) -> None:
+        if not self.is_open:
+            return
+        when = max(self._clock.now + self._rng.uniform(*self._delay), self._last_at, self.stalled_until)
+        self._last_at = when
+        self._clock.at(when, lambda: self._arrive(deliver))
+
+    def _arrive(self, deliver: Callable[[], None]) -> None:
+        if not self.is_open:
+            return
+        if self._clock.now < self.stalled_until:
+            self._clock.at(self.stalled_until, lambda: self._arrive(deliver))
+            return
+        deliver()
+
+
+@dataclasses.dataclass
+class Operation:
+    """The n-th collective of a quorum: who put what in, and whom to tell."""
+
+    quorum_id: QuorumId
+    position: int
+    kind: str
+    values: dict[MemberId, object]
+    waiting: dict[MemberId, Callable[[Sequence[object] | None], None]]
+    result: tuple[object, ...] | None = None
+    has_failed: bool = False
+    lost: dict[MemberId, None] = dataclasses.field(default_factory=dict)  # the result will not reach them
+
+
+class Collectives:
+    """All quorums' collectives. A callback gets the values in rank order, or None for an error."""
+
+    def __init__(self, clock: Clock, rng: random.Random, delays: Delays) -> None:
+        self._clock = clock
+        self._rng = rng
+        self._delays = delays
+        self._operations: dict[QuorumId, dict[int, Operation]] = {}
+        self._position: dict[tuple[QuorumId, MemberId], int] = {}
+        self._gone: dict[QuorumId, dict[MemberId, None]] = {}
+        self.mixed: str | None = None
+
+    def issue(
+        self,
+        quorum: tuple[QuorumId, tuple[MemberId, ...]],
+        member: MemberId,
+        kind: str,
+        value: object,
+        done: Callable[[Sequence[object] | None], None],
+    ) -> None:
+        quorum_id, members = quorum
+        position = self._position.get((quorum_id, member), 0) + 1
+        self._position[quorum_id, member] = position
+        operations = self._operations.setdefault(quorum_id, {})
+        operation = operations.setdefault(position, Operation(quorum_id, position, kind, {}, {}))
+        if operation.kind != kind:
+            self.mixed = f"{member} issues {kind} as operation {position} of {quorum_id}, others {operation.kind}"
+        operation.values[member] = value
+        operation.waiting[member] = done
+        gone = self._gone.get(quorum_id, {})
+        if len(operation.values) == len(members):
+            self._complete(operation, members)
+        elif any(m in gone and m not in operation.values for m in members):
+            self._fail(operation, [member])
+
+    def _complete(self, operation: Operation, members: tuple[MemberId, ...]) -> None:
+        operation.result = tuple(operation.values[m] for m in members)
+        for member, done in operation.waiting.items():
+            delay = self._rng.uniform(*self._delays.collective)
+            self._clock.after(delay, lambda m=member, d=done: self._finish(operation, m, d))  # type: ignore[misc]
+
+    def _finish(self, operation: Operation, member: MemberId, done: Callable[[Sequence[object] | None], None]) -> None:
+        if member not in operation.lost and operation.waiting.pop(member, None) is not None:
+            if not operation.waiting:
+                self._operations.get(operation.quorum_id, {}).pop(operation.position, None)
+            done(operation.result)
+
+    def _fail(self, operation: Operation, members: Sequence[MemberId]) -> None:
+        """Neighbours of the member that is gone get an error, the others hang until somebody severs them."""
+        for member in members:
+            if operation.has_failed and self._rng.random() < 0.3:
+                continue
+            operation.has_failed = True
+            delay = self._rng.uniform(*self._delays.collective)
+            self._clock.after(delay, lambda m=member: self._error(operation, m))  # type: ignore[misc]
+
+    def _error(self, operation: Operation, member: MemberId) -> None:
+        done = operation.waiting.pop(member, None)
+        if done is not None:
+            done(None)
+
+    def leave(self, quorum_id: QuorumId, member: MemberId) -> None:
+        """`member` died, or severed this quorum: what it has not completed ends; the others may or may not notice."""
+        self._gone.setdefault(quorum_id, {})[member] = None
+        for operation in list(self._operations.get(quorum_id, {}).values()):
+            operation.waiting.pop(member, None)
+            if operation.result is None:
+                self._fail(operation, list(operation.waiting))
+            elif self._rng.random() < 0.5:
+                # It leaves while bytes are under way: some of those who have not got the result never will.
+                late = [m for m in operation.waiting if self._rng.random() < 0.5]
+                for m in late:
+                    operation.lost[m] = None
+                self._fail(operation, late)

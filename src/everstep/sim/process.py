@@ -1,0 +1,327 @@
+"""A replica group's process in the virtual world: a link, and a training thread that follows the machine's moves."""
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+from everstep.core.messages import Effect, Log, Send, Sever, ToMember
+from everstep.core.moves import (
+    AskToLeave,
+    BarrierEnded,
+    Build,
+    CollectiveFailed,
+    GradientsReduced,
+    LinkDown,
+    LinkUp,
+    Recover,
+    Reduce,
+    ReplicaConfig,
+    ReplicaEvent,
+    StateRecovered,
+    Vote,
+    VoteEnded,
+)
+from everstep.core.recovery_plan import Claim
+from everstep.core.replica import Replica
+from everstep.core.types import Lineage, Quorum, QuorumId
+from everstep.sim.checkers import Batch, Violation, Weights
+from everstep.sim.network import Channel
+
+if TYPE_CHECKING:
+    from everstep.sim.world import World
+
+
+class Process:
+    """One start of a replica group's process: its machine, its link, and what its training thread does."""
+
+    def __init__(self, world: "World", name: str, config: ReplicaConfig, initial: Weights) -> None:
+        self._world = world
+        self.name = name
+        self.replica = Replica(config)
+        self.is_alive = True
+        self.weights = initial
+        self._link: int | None = None
+        self._up: Channel | None = None
+        self._down: Channel | None = None
+        self._tick_at: float | None = None
+        self._busy: object | None = None  # what the training thread waits for
+        self._batch: Batch = (name, 1)
+        self._batch_for: tuple[int, int, int] | None = None  # (step, attempt, evictions) whose gradient is computed
+        self._gradient: tuple[Batch, ...] | None = None
+        self._applied_step = -1
+        self._evictions = 0
+        self.frozen_until = 0.0  # stopped: neither thread runs
+        self.steps_aborted = 0
+        self._is_leaving = False
+
+    # ---- link
+
+    def connect(self) -> None:
+        lighthouse = self._world.lighthouse
+        if not self.is_alive or self._link is not None:
+            return
+        if not lighthouse.is_up or self._world.now < self.frozen_until:
+            self._world.after(0.02, self.connect)
+            return
+        self._link = self._world.new_link()
+        self._up, self._down = self._world.new_channel(), self._world.new_channel()
+        link = self._link
+        lighthouse.opened(link, self)
+        self.feed(LinkUp())
+
+    def link_lost(self, detail: str, reconnect_after: float | None = None) -> None:
+        """Both directions drop what is under way; the lighthouse notices a little later."""
+        link, self._link = self._link, None
+        if link is None:
+            return
+        assert self._up is not None
+        assert self._down is not None
+        self._up.is_open = self._down.is_open = False
+        self._world.after_delay("notice_of_death", lambda: self._world.lighthouse.closed(link, detail))
+        if self.is_alive:
+            self.feed(LinkDown())
+            delay = reconnect_after if reconnect_after is not None else self._world.rng.uniform(0.005, 0.1)
+            self._world.after(delay, self.connect)
+
+    def stall_link(self, seconds: float) -> None:
+        for channel in (self._up, self._down):
+            if channel is not None:
+                channel.stalled_until = self._world.now + seconds
+
+    def from_lighthouse(self, link: int, message: ToMember) -> None:
+        assert self._down is not None
+        if link == self._link:
+            self._down.send(lambda: self._arrived(link, message))
+
+    def _arrived(self, link: int, message: ToMember) -> None:
+        if self._world.now < self.frozen_until:
+            self._world.at(self.frozen_until, lambda: self._arrived(link, message))
+        elif self.is_alive and link == self._link:
+            self.feed(message)
+
+    # ---- both threads
+
+    def feed(self, event: "ToMember | ReplicaEvent") -> None:
+        if self.is_alive:
+            self._perform(self.replica.receive(event, self._world.now))
+
+    def _perform(self, effects: list[Effect]) -> None:
+        self._world.checkers.observe(self.name, self.replica)
+        for effect in effects:
+            match effect:
+                case Send(message, _):
+                    self._world.count_message()
+                    link, up = self._link, self._up
+                    if link is not None and up is not None:
+                        up.send(lambda m=message, k=link: self._world.lighthouse.message(k, m))  # type: ignore[misc]
+                case Sever(up_to):
+                    self._sever(up_to)
+                case Log():
+                    self._world.log(self.name, effect)
+                case _:
+                    raise Violation(f"a member's machine returned {effect}")
+        self._arm()
+        self._advance()
+
+    def _arm(self) -> None:
+        deadline = self.replica.next_deadline()
+        if deadline is None or (self._tick_at is not None and self._world.now < self._tick_at <= deadline):
+            return
+        self._tick_at = deadline
+
+        def tick() -> None:
+            if not self.is_alive:
+                return
+            if self._world.now < self.frozen_until:
+                self._world.at(self.frozen_until, tick)
+                return
+            self._tick_at = None
+            due = self.replica.next_deadline()
+            if due is not None and self._world.now >= due:
+                self._perform(self.replica.tick(self._world.now))
+            else:
+                self._arm()
+
+        self._world.at(max(deadline, self._world.now), tick)
+
+    def kill(self) -> None:
+        if not self.is_alive:
+            return
+        self.is_alive = False
+        self._busy = None
+        self._world.leave_quorums(self.name, None)
+        self.link_lost("killed")
+
+    def stop(self, seconds: float) -> None:
+        self.frozen_until = max(self.frozen_until, self._world.now + seconds)
+
+    def drain(self) -> None:
+        self.feed(AskToLeave())
+
+    def report_spurious_error(self) -> None:
+        quorum = self.replica.quorum
+        if quorum is not None:
+            self._busy = None
+            self.feed(CollectiveFailed(quorum.id, None, "spurious"))
+
+    # ---- the training thread
+
+    def _sever(self, up_to: QuorumId) -> None:
+        self._world.leave_quorums(self.name, up_to)
+        if isinstance(self._busy, tuple) and self._busy[0] != "compute":
+            self._busy = None
+
+    def _advance(self) -> None:
+        if not self.is_alive or (self._busy is not None and not self.replica.has_left):
+            return
+        if self._world.now < self.frozen_until:
+            self._wait_for(("stopped",), self.frozen_until - self._world.now, lambda: None)
+            return
+        self._take_decisions()
+        if self._is_leaving:
+            return
+        move = self.replica.next_move()
+        match move:
+            case Build(quorum, claim):
+                self._issue(quorum, "barrier", claim, lambda values: self._built(quorum, values))
+            case Recover(quorum, source, lineage):
+                self._recover(quorum, source, lineage)
+            case Reduce(quorum):
+                self._reduce(quorum)
+            case Vote(quorum, must_be_no):
+                self._vote(quorum, must_be_no)
+            case _:
+                pass
+
+    def _take_decisions(self) -> None:
+        """What the step() call of a script does when its step is decided: run the optimizer, or drop the gradient."""
+        replica = self.replica
+        if replica.has_left or replica.refusal is not None:
+            if not self._is_leaving:
+                self._is_leaving = True
+                self._world.left(self)
+            return
+        if replica.evictions != self._evictions:
+            self._evictions, self._gradient, self._batch_for = replica.evictions, None, None
+            self._new_batch()
+            self._applied_step = -1
+        if replica.lineage is None:
+            return
+        if self._applied_step < 0:
+            self._applied_step = replica.step
+            self.weights = Weights(self.weights.value, replica.step)  # its own initial state founds a history
+        if replica.step == self._applied_step + 1:
+            if self._gradient is None:
+                raise Violation(f"{self.name} committed step {replica.step} without holding its gradient")
+            self.weights = self.weights.applied(self._gradient)
+            self._applied_step = replica.step
+            self._world.checkers.applied(self.name, replica.lineage, self.weights, self._gradient)
+            self._gradient, self._batch_for = None, None
+            self._new_batch()
+        elif replica.step != self._applied_step:
+            raise Violation(f"{self.name} applied step {self._applied_step} but committed {replica.step}")
+        elif self._batch_for is not None and self._batch_for[:2] != (replica.step, replica.attempt):
+            self.steps_aborted += 1
+            self._gradient, self._batch_for = None, None
+            self._new_batch()
+
+    def _new_batch(self) -> None:
+        self._batch = (self.name, self._batch[1] + 1)
+
+    def _wait_for(self, what: tuple[str, ...], delay: float, then: Callable[[], None]) -> None:
+        self._busy = what
+
+        def woken() -> None:
+            if not self.is_alive or self._busy is not what:
+                return
+            if self._world.now < self.frozen_until:
+                self._world.at(self.frozen_until, woken)
+                return
+            self._busy = None
+            then()
+            self._advance()
+
+        self._world.after(delay, woken)
+
+    def _issue(self, quorum: Quorum, kind: str, value: object, then: Callable[[Sequence[object]], None]) -> None:
+        token = (kind, str(quorum.id))
+        self._busy = token
+
+        def done(values: Sequence[object] | None) -> None:
+            if not self.is_alive or self._busy is not token:
+                return
+            if self._world.now < self.frozen_until:
+                self._world.at(self.frozen_until, lambda: done(values))
+                return
+            self._busy = None
+            if values is None:
+                self.feed(CollectiveFailed(quorum.id, None, kind))
+            else:
+                then(values)
+
+        self._world.joined(self.name, quorum.id, self.replica.member)
+        members = (quorum.id, quorum.member_ids)
+        self._world.collectives.issue(members, self.replica.member, kind, value, done)
+        if self._world.collectives.mixed:
+            raise Violation(self._world.collectives.mixed)
+
+    def _built(self, quorum: Quorum, values: Sequence[object]) -> None:
+        claims = tuple(v for v in values if isinstance(v, Claim))
+        self.feed(BarrierEnded(quorum.id, claims))
+
+    def _recover(self, quorum: Quorum, source: int, lineage: Lineage) -> None:
+        member = quorum.members[source].id
+
+        def fetched() -> None:
+            donor = self._world.process_of(member)
+            if donor is None or not donor.is_alive or donor.weights.step != lineage.step:
+                self.feed(CollectiveFailed(quorum.id, source, "its source is gone"))
+                return
+            if donor.replica.lineage != lineage:
+                self.feed(CollectiveFailed(quorum.id, source, "its source went on"))
+                return
+            self.weights = donor.weights
+            self._applied_step = lineage.step
+            self._world.checkers.recovered(self.name, lineage, self.weights)
+            self.feed(StateRecovered(quorum.id))
+
+        self._wait_for(("transfer",), self._world.draw("transfer"), fetched)
+
+    def _reduce(self, quorum: Quorum) -> None:
+        key = (self.replica.step, self.replica.attempt, self.replica.evictions)
+        if self._batch_for != key:
+
+            def computed() -> None:
+                if (self.replica.step, self.replica.attempt, self.replica.evictions) == key:
+                    self._batch_for = key
+
+            self._wait_for(("compute",), self._world.draw("compute"), computed)
+            return
+        value = (self.replica.lineage, self.replica.attempt, self._batch)
+        self._issue(quorum, "reduce", value, lambda values: self._reduced(quorum, values))
+
+    def _reduced(self, quorum: Quorum, values: Sequence[object]) -> None:
+        parts = [v for v in values if isinstance(v, tuple)]
+        if len({part[:2] for part in parts}) > 1:
+            raise Violation(f"I2 quorum {quorum.id} reduces different steps: {[part[:2] for part in parts]}")
+        gradient = tuple(part[2] for part in parts)
+        live = not self.replica.is_frozen and self.replica.quorum is not None and self.replica.quorum.id == quorum.id
+        if live:
+            self._gradient = gradient
+        samples = repr(gradient).encode()
+        self.feed(GradientsReduced(quorum.id, quorum.member_ids, samples))
+
+    def _vote(self, quorum: Quorum, must_be_no: bool) -> None:
+        is_ok = not must_be_no and not self._world.wants_veto()
+        cast = self.replica.cast_vote(is_ok, self._world.now)
+        if cast is None:
+            return
+        value = (self.replica.lineage, self.replica.attempt, cast.is_ok, cast.proposal)
+        self._issue(quorum, "vote", value, lambda values: self._voted(quorum, values))
+
+    def _voted(self, quorum: Quorum, values: Sequence[object]) -> None:
+        votes = [v for v in values if isinstance(v, tuple)]
+        if len({vote[:2] for vote in votes}) > 1:
+            raise Violation(f"I2 quorum {quorum.id} votes on different steps")
+        proposals: list[QuorumId] = [vote[3] for vote in votes]
+        is_ok = all(vote[2] for vote in votes)
+        self.feed(VoteEnded(quorum.id, is_ok, min(proposals), max(proposals)))
