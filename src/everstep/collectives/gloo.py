@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable
 from torch import Tensor
 
 from everstep import fork_guard
-from everstep.collectives.gloo_group import GlooGroup
+from everstep.collectives.gloo_group import HELPER_NAME, GlooGroup
 from everstep.collectives.process_group import Membership, ReconfigurableProcessGroup, ReduceOp, Work
 from everstep.core.types import LocalProtocolError, QuorumId
 from everstep.errors import PeerLost, StepInterrupted
@@ -18,6 +18,7 @@ from everstep.errors import PeerLost, StepInterrupted
 DRAIN_TIMEOUT_S = 10.0
 UNWIND_TIMEOUT_S = 0.05
 CLOSE_TIMEOUT_S = 10.0
+BUILD_GRACE_S = 15.0
 _CUT_INTERVAL_S = 0.001
 
 _log = logging.getLogger(__name__)
@@ -154,13 +155,13 @@ class GlooProcessGroup(ReconfigurableProcessGroup):
 
     def _start(self, run: Callable[[], None]) -> None:
         self._helpers = [helper for helper in self._helpers if helper.is_alive()]
-        helper = threading.Thread(target=run, name="everstep-gloo", daemon=True)
+        helper = threading.Thread(target=run, name=HELPER_NAME, daemon=True)
         self._helpers.append(helper)
         helper.start()
 
     def _fds(self) -> Iterable[int]:
         groups = (self._building, self._current, *self._previous)
-        return [opened.fd for group in groups if group is not None for opened in group.sockets()]
+        return [fd for group in groups if group is not None for fd in group.fds()]
 
 
 def _build(group: GlooGroup) -> None:
@@ -174,7 +175,8 @@ def _build(group: GlooGroup) -> None:
 
 def _await_build(group: GlooGroup) -> None:
     """Until it is built, has failed or is condemned; then cuts what it opens until it ends, or seems stuck."""
-    if not group.changed.wait(group.membership.timeout_s):
+    # The build has its own deadline, which says more; this one is for what cannot be given a deadline.
+    if not group.changed.wait(group.membership.timeout_s + BUILD_GRACE_S):
         group.condemn(PeerLost(f"quorum {group.membership.quorum_id} was not built in time"))
     deadline = time.monotonic() + UNWIND_TIMEOUT_S
     while not group.ended.is_set() and time.monotonic() < deadline:

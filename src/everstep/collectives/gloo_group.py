@@ -7,6 +7,7 @@ through the store. So the group's sockets are known exactly, whatever else the p
 
 import contextlib
 import json
+import os
 import re
 import socket
 import struct
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor
 
 from everstep.collectives import torch_private
+from everstep.collectives.gloo_work import Alone, GlooWork, free_parked, park
 from everstep.collectives.process_group import Membership, ReduceOp
 from everstep.collectives.sockets import (
     Address,
@@ -27,6 +29,7 @@ from everstep.collectives.sockets import (
     ends_of,
     find_sockets,
     host_and_port,
+    is_open,
     joined,
     open_sockets,
     route_to,
@@ -36,11 +39,13 @@ from everstep.collectives.store import StoreClient, connect_store, open_recognis
 from everstep.collectives.torch_private import PrefixStore
 from everstep.errors import ConfigError, PeerLost, StepInterrupted
 
-# A wait in C++ runs no Python signal handler; it comes up for air this often.
-WAIT_SLICE = timedelta(seconds=0.5)
 PENDING_MAX = 256
 SETTLE_TIMEOUT_S = 10.0
+# How long a severed connection stays open for what peers still send into it, until they are told, too.
+LINGER_S = 0.1
 
+HELPER_NAME = "everstep-gloo"
+_OP_THREAD_NAME = "pt_gloo_runloop"
 _OPTIONS = {op: torch_private.allreduce_options(op) for op in ReduceOp}
 _PEER_IN_ERROR = re.compile(r"\[([0-9a-fA-F.:]+)\]:(\d+)")
 
@@ -66,6 +71,11 @@ class GlooGroup:
         self._connections: list[OpenSocket] = []  # complete once built
         self._rank_at: dict[Address, int] = {}  # the far end of each connection
         self._pending: set[GlooWork] = set()  # issued, and not known to have ended
+        self._new_threads: list[int] = []  # Gloo's for this group among them
+        self._sleeps_seen: list[str] = []  # at the last look
+        self._stuck: list[torch_private.TorchWork] = []
+        self._kept: list[socket.socket] = []  # what severing keeps open for a while
+        self._linger: threading.Timer | None = None
 
     @property
     def is_usable(self) -> bool:
@@ -73,7 +83,7 @@ class GlooGroup:
 
     # ---- operations
 
-    def allreduce(self, tensor: Tensor, op: ReduceOp) -> "GlooWork":
+    def allreduce(self, tensor: Tensor, op: ReduceOp) -> GlooWork:
         gloo = self._gloo
         if gloo is None or self._failure is not None:
             raise self.failure()
@@ -108,10 +118,10 @@ class GlooGroup:
             self._failure = self._translated(error)
         return self.failure()
 
-    def forget(self, work: "GlooWork") -> None:
+    def forget(self, work: GlooWork) -> None:
         self._pending.discard(work)
 
-    def _note(self, work: "GlooWork") -> None:
+    def _note(self, work: GlooWork) -> None:
         if len(self._pending) >= PENDING_MAX:  # somebody does not wait for his operations
             self._pending = {other for other in self._pending if not other.is_completed()}
         self._pending.add(work)
@@ -121,27 +131,55 @@ class GlooGroup:
     def condemn(self, failure: StepInterrupted | None = None) -> None:
         """No operation is issued any more, and a build gives up at its next step. Instant; `cut` does the rest."""
         if not self.is_severed:
-            self._failure = failure or StepInterrupted(f"quorum {self.membership.quorum_id} was aborted")
+            if self._failure is None:
+                self._failure = failure or StepInterrupted(f"quorum {self.membership.quorum_id} was aborted")
             self.is_severed = True
         self.changed.set()
 
-    def cut(self) -> None:
-        """Shut the sockets of a condemned group; one that is being built opens more, so repeat until it has `ended`."""
+    def cut(self, *, is_idle: bool = False) -> None:
+        """Sever a condemned group; one that is being built opens more sockets, so repeat until it has `ended`.
+
+        An idle one ends at once; otherwise peers get LINGER_S to be told, before their sends into it fail.
+        """
         if self.ended.is_set():
-            sever(self._connections)
+            kept = sever(self._connections)
         else:
-            sever(find_sockets(self._is_connection))
+            kept = sever(find_sockets(self._is_connection))
             self._knock()
         if self._client is not None:
-            sever([self._client.socket])
+            kept += sever([self._client.socket])
+        self._kept += kept
+        if is_idle:
+            self._let_go()
+        elif kept and self._linger is None:
+            self._linger = threading.Timer(LINGER_S, self._let_go)
+            self._linger.daemon = True
+            self._linger.name = HELPER_NAME
+            self._linger.start()
 
-    def sockets(self) -> list[OpenSocket]:
+    def _let_go(self) -> None:
+        while self._kept:
+            self._kept.pop().close()
+
+    def is_stuck(self) -> bool:
+        """Whether its operations sleep for good (see gloo_work). Ask some milliseconds apart: it compares two looks."""
+        if not self.is_severed or not self.ended.is_set() or any(is_open(c) for c in self._connections):
+            return False
+        look = [sleep for thread in self._new_threads if (sleep := _sleep_of(thread)) is not None]
+        is_same = look == self._sleeps_seen and all(look)
+        self._sleeps_seen = look
+        return bool(look) and is_same
+
+    def park(self, work: torch_private.TorchWork) -> None:
+        self._stuck.append(work)
+
+    def fds(self) -> list[int]:
         """Every socket of the group that is open now, the listener too. Takes no lock: a forked child calls it."""
         known = [self._client.socket] if self._client is not None else []
         if self._listening is not None:
             known.append(self._listening)
         known += self._connections if self.ended.is_set() else find_sockets(self._is_connection)
-        return [opened for opened in known if ends_of(opened) is not None]
+        return [opened.fd for opened in known if is_open(opened)] + [kept.fileno() for kept in self._kept]
 
     def drain(self, deadline: float) -> bool:
         """Wait until no operation of a severed group can touch its tensor any more; False when `deadline` passed."""
@@ -150,11 +188,19 @@ class GlooGroup:
     def take_down(self) -> None:
         """Free its threads and descriptors. Takes up to 20 ms, without the GIL; more while an operation is stuck."""
         self.condemn()
-        self.cut()
+        if self._linger is None:
+            self.cut(is_idle=not self._pending)
         self.drain(time.monotonic() + SETTLE_TIMEOUT_S)
+        if self._linger is not None:
+            self._linger.join()
+        self._let_go()
+        if self._gloo is not None and self._stuck:
+            park(self._gloo, self._stuck)
+            self._stuck = []
         self._device = None
         self._gloo = None
         self._client = None
+        free_parked()
 
     def _knock(self) -> None:
         """Answer for peers that never connect: Gloo waits for them without a socket that could be cut.
@@ -193,11 +239,11 @@ class GlooGroup:
     def _build(self) -> None:
         me = self.membership
         if me.size == 1:
-            self._gloo = _Alone()
+            self._gloo = Alone()
             return
         store_address = host_and_port(me.store)
         host = self._bind_host or route_to(store_address)
-        before = open_sockets()
+        before, threads_before = open_sockets(), _threads()
         self._client = connect_store(store_address, me.timeout_s, lambda: self.is_severed)
         self._listen(host)
         store = self._store(self._client)
@@ -208,6 +254,7 @@ class GlooGroup:
         )
         self._connections = find_sockets(self._is_connection, among=open_sockets() - before)
         close_on_exec(self._connections)
+        self._new_threads = sorted(_threads() - threads_before)
         self._gloo = gloo
 
     def _listen(self, host: str) -> None:
@@ -215,7 +262,9 @@ class GlooGroup:
             return ends.is_listening and ends.local[0] == host
 
         try:
-            self._device, self._listening = open_recognised(lambda: torch_private.gloo_device(host), is_listener)
+            self._device, self._listening = open_recognised(
+                lambda: torch_private.gloo_device(host), is_listener, scope="listeners"
+            )
         except RuntimeError as error:
             raise ConfigError(
                 f"cannot listen on {host}; pass as bind_host an address of this machine: {error}"
@@ -293,72 +342,19 @@ class GlooGroup:
         return ranks.get((host, socket.ntohs(port)), ranks.get((host, port)))
 
 
-class GlooWork:
-    """An operation of a GlooGroup."""
-
-    __slots__ = ("_error", "_group", "_work")
-
-    def __init__(self, group: GlooGroup, work: torch_private.TorchWork) -> None:
-        self._group = group
-        self._work: torch_private.TorchWork | None = work
-        self._error: BaseException | None = None
-
-    def wait(self) -> None:
-        work = self._work
-        if work is not None:
-            while not self._wait(work, WAIT_SLICE):
-                pass
-        if self._error is not None:
-            raise self._error
-
-    def is_completed(self) -> bool:
-        work = self._work
-        return work is None or work.is_completed()
-
-    def settle(self, deadline: float) -> bool:
-        """Wait, but do not raise; False when it has not ended by `deadline` (monotonic)."""
-        work = self._work
-        return work is None or self._wait(work, timedelta(seconds=max(0.001, deadline - time.monotonic())))
-
-    def _wait(self, work: torch_private.TorchWork, timeout: timedelta) -> bool:
-        """False when it has not ended in time: then its thread still has the tensor, and nothing is decided."""
-        try:
-            work.wait(timeout)
-        except RuntimeError:
-            if not work.is_completed():
-                return False
-            error = _error_of(work)
-            if error is not None:
-                self._error = self._group.lost_by(error)
-        # torch's Work holds on to the tensor, and to the group's sockets.
-        self._work = None
-        self._group.forget(self)
-        return True
+def _threads() -> set[int]:
+    return {int(name) for name in os.listdir("/proc/self/task")}
 
 
-def _error_of(work: torch_private.TorchWork) -> RuntimeError | None:
-    """An ended operation's own error; what a wait raised may be that it ran out of time just before the end."""
+def _sleep_of(thread: int) -> str | None:
+    """Tells one sleep of a thread that runs operations from another; "" while it is awake, None for other threads."""
     try:
-        work.wait()
-    except RuntimeError as own:
-        return own
-    return None
-
-
-class _Alone:
-    """Gloo for a group of one: the identity."""
-
-    def allreduce(self, tensors: list[Tensor], opts: object) -> "_Ended":  # noqa: ARG002 - one value needs no op
-        return _Ended()
-
-    def _allgather_base(self, output: Tensor, source: Tensor) -> "_Ended":
-        output.copy_(source)
-        return _Ended()
-
-
-class _Ended:
-    def wait(self, timeout: timedelta = timedelta(0)) -> bool:  # noqa: ARG002 - as torch's
-        return True
-
-    def is_completed(self) -> bool:
-        return True
+        with open(f"/proc/self/task/{thread}/status") as status:
+            lines = dict(line.split(":", 1) for line in status)
+    except OSError:
+        return None
+    if lines["Name"].strip() != _OP_THREAD_NAME:
+        return None
+    if lines["State"].split()[0] != "S":
+        return ""
+    return f"{thread} {lines['voluntary_ctxt_switches'].strip()}"

@@ -66,17 +66,31 @@ def ends_of(opened: OpenSocket) -> Ends | None:
         return Ends(local=local, remote=remote, is_listening=is_listening)
 
 
-def sever(sockets: Iterable[OpenSocket]) -> None:
-    """Shut both directions of each that is still open and connected; whoever waits on it wakes at once.
+def is_open(opened: OpenSocket) -> bool:
+    try:
+        return os.fstat(opened.fd).st_ino == opened.inode
+    except OSError:
+        return False
 
-    Listening sockets are left alone: Gloo's accept loop ends the process when its listener is shut down.
+
+def sever(sockets: Iterable[OpenSocket]) -> list[socket.socket]:
+    """End the receiving side of each that is still open and connected; whoever waits on it wakes at once.
+
+    Listening sockets are left alone: Gloo's accept loop ends the process when its listener is shut down. The sending
+    side stays open, as does the whole connection while the caller keeps the returned duplicates: a peer that has not
+    been told yet may still send into it. Were it reset instead, Gloo there could lose track of that very send.
     """
+    severed = []
     for opened in sockets:
         sock = _duplicate(opened)
         if sock is not None:
-            with sock, contextlib.suppress(OSError):
+            try:
                 sock.getpeername()
-                sock.shutdown(socket.SHUT_RDWR)
+                sock.shutdown(socket.SHUT_RD)
+                severed.append(sock)
+            except OSError:  # listening, or the peer has reset it
+                sock.close()
+    return severed
 
 
 def close_on_exec(sockets: Iterable[OpenSocket]) -> None:

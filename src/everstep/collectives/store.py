@@ -1,15 +1,17 @@
 """The TCPStore in which a quorum's members find each other: hosting one, and connecting to one by a socket we know."""
 
+import contextlib
 import os
 import select
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from types import TracebackType
 from typing import TypeVar
+from weakref import WeakValueDictionary
 
 from everstep import fork_guard
 from everstep.collectives.sockets import Address, Ends, OpenSocket, close_on_exec, find_sockets, joined, open_sockets
@@ -17,6 +19,7 @@ from everstep.collectives.torch_private import TCPStore
 from everstep.errors import PeerLost, StepInterrupted
 
 CONNECT_TIMEOUT_S = 10.0
+_TORCH_CONNECT_TIMEOUT = timedelta(seconds=0.5)
 ATTEMPTS_MAX = 20
 _BACKLOG = 1024
 _POLL_MS = 5  # how soon a connect that is under way notices that it was severed
@@ -102,28 +105,36 @@ def connect_store(address: Address, timeout_s: float, is_severed: Callable[[], b
 
     `timeout_s` is the store's own, for later waits.
     """
-    numeric = _await_listening(address, is_severed)
+    deadline = time.monotonic() + CONNECT_TIMEOUT_S
+    while True:
+        numeric = _await_listening(address, deadline, is_severed)
 
-    def connect() -> TCPStore:
-        # Somebody listens: no need for the long timeout, which would also bound torch's attempts to connect.
-        store = TCPStore(
-            *numeric, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=CONNECT_TIMEOUT_S)
-        )
+        def connect(numeric: Address = numeric) -> TCPStore:
+            # Somebody listened a moment ago. torch tries for long if he is gone by now, and cannot be interrupted.
+            return TCPStore(*numeric, is_master=False, wait_for_workers=False, timeout=_TORCH_CONNECT_TIMEOUT)
+
+        try:
+            store, opened = open_recognised(connect, lambda ends: ends.remote == numeric, scope=numeric)  # noqa: B023
+        except RuntimeError:
+            if time.monotonic() >= deadline:
+                raise
+            continue
         store.set_timeout(timedelta(seconds=timeout_s))
-        return store
-
-    store, opened = open_recognised(connect, lambda ends: ends.remote == numeric)
-    return StoreClient(store, opened)
+        return StoreClient(store, opened)
 
 
-def open_recognised(open_it: Callable[[], _Opened], matches: Callable[[Ends], bool]) -> tuple[_Opened, OpenSocket]:
+def open_recognised(
+    open_it: Callable[[], _Opened], matches: Callable[[Ends], bool], scope: object
+) -> tuple[_Opened, OpenSocket]:
     """What `open_it` opens, and its one matching socket.
+
+    Our own threads take turns within one `scope`, so that what they open never gets confused.
 
     What torch opens is new and matches; so may be what another thread opens at that instant. When more than one socket
     is new, nobody can tell whose they are: open once more.
     """
     for _ in range(ATTEMPTS_MAX):
-        with _opening:
+        with _turn(scope):
             before = open_sockets()
             opened = open_it()
             found = find_sockets(matches, among=open_sockets() - before)
@@ -134,13 +145,12 @@ def open_recognised(open_it: Callable[[], _Opened], matches: Callable[[Ends], bo
     raise StepInterrupted(f"could not tell this group's sockets from others, {ATTEMPTS_MAX} times in a row")
 
 
-def _await_listening(address: Address, is_severed: Callable[[], bool]) -> Address:
+def _await_listening(address: Address, deadline: float, is_severed: Callable[[], bool]) -> Address:
     """A trial connection, since torch's own cannot be interrupted; returns the numeric address that answered."""
     try:
         family, kind, protocol, _, target = socket.getaddrinfo(*address, type=socket.SOCK_STREAM)[0]
     except socket.gaierror as error:
         raise PeerLost(f"the store's host {address[0]} is unknown: {error}") from None
-    deadline = time.monotonic() + CONNECT_TIMEOUT_S
     with socket.socket(family, kind, protocol) as trial:
         trial.setblocking(False)
         trial.connect_ex(target)
@@ -157,13 +167,30 @@ def _await_listening(address: Address, is_severed: Callable[[], bool]) -> Addres
     return str(target[0]), int(target[1])
 
 
-# One opening at a time in this process, so that our own threads never confuse each other.
-_opening = threading.Lock()
+class _Turn:
+    """A lock that a WeakValueDictionary can hold."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
 
 
-def _renew_lock() -> None:
-    global _opening
-    _opening = threading.Lock()
+_turns: WeakValueDictionary[object, _Turn] = WeakValueDictionary()
+_turns_lock = threading.Lock()
 
 
-os.register_at_fork(after_in_child=_renew_lock)
+@contextlib.contextmanager
+def _turn(scope: object) -> Iterator[None]:
+    with _turns_lock:
+        turn = _turns.setdefault(scope, _Turn())
+    with turn.lock:
+        yield
+
+
+def _renew_locks() -> None:
+    """In a forked child, where the thread that held one is not."""
+    global _turns, _turns_lock
+    _turns = WeakValueDictionary()
+    _turns_lock = threading.Lock()
+
+
+os.register_at_fork(after_in_child=_renew_locks)

@@ -7,10 +7,12 @@
 - `ProcessGroupGloo._allgather_base`: gathers into one tensor, without a list of outputs.
 - `torch._C._distributed_c10d`: where the type checker finds `TCPStore`, `PrefixStore` and `Store`, which are public but
   re-exported without saying so.
+- `Tensor._version`: counts changes in place; the only way to see that a script changed a gradient by hand.
 - `Variable._execution_engine.queue_callback`: the only way to run code when `backward()` has computed everything but
   has not returned; torch's own FSDP uses it.
 """
 
+import ctypes
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Protocol, cast
@@ -32,9 +34,12 @@ __all__ = [
     "TorchWork",
     "allreduce_options",
     "connect_gloo",
+    "free_at_last",
     "gather_into",
     "gloo_device",
+    "keep_beyond_exit",
     "queue_backward_callback",
+    "version_of",
 ]
 
 _TORCH_REDUCE_OPS = {
@@ -94,6 +99,16 @@ def allreduce_options(op: ReduceOp) -> object:
     return options
 
 
+def keep_beyond_exit(group: TorchGloo) -> None:
+    """Let no end of the interpreter free it: that joins its threads, and would wait for a stuck one."""
+    ctypes.pythonapi.Py_IncRef(ctypes.py_object(group))
+
+
+def free_at_last(group: TorchGloo) -> None:
+    """Undo `keep_beyond_exit`."""
+    ctypes.pythonapi.Py_DecRef(ctypes.py_object(group))
+
+
 def queue_backward_callback(callback: Callable[[], None]) -> None:
     """Run `callback` once when the backward pass that is under way has computed every gradient, before it returns.
 
@@ -101,3 +116,8 @@ def queue_backward_callback(callback: Callable[[], None]) -> None:
     out of `backward()`.
     """
     torch.autograd.Variable._execution_engine.queue_callback(callback)
+
+
+def version_of(tensor: Tensor) -> int:
+    """Grows with every change in place of the tensor or of a view of it."""
+    return tensor._version

@@ -1,0 +1,137 @@
+"""Operations of a Gloo group, and what to do with one that Gloo itself has lost track of.
+
+When a connection ends, Gloo wakes whoever waits to send or to receive on it, but for two cases (seen with torch 2.13,
+pair.cc): a send whose bytes it has queued because the socket was full or just reset, and a receive of which part has
+arrived. The thread of such an operation then sleeps until the operation's timeout. Nothing can wake it, and it touches
+its tensor no more: all connections are closed, and all that it will ever do is wake and raise.
+"""
+
+import contextlib
+import time
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Protocol
+
+from torch import Tensor
+
+from everstep.collectives import torch_private
+
+# A wait in C++ runs no Python signal handler, and a stuck one is only found out by looking: it comes up for air.
+WAIT_SLICE = timedelta(milliseconds=20)
+
+
+class Issuer(Protocol):
+    """What an operation asks of its group."""
+
+    def lost_by(self, error: RuntimeError) -> BaseException: ...
+
+    def failure(self) -> BaseException: ...
+
+    def forget(self, work: "GlooWork") -> None: ...
+
+    def park(self, work: torch_private.TorchWork) -> None: ...
+
+    def is_stuck(self) -> bool: ...
+
+
+class GlooWork:
+    """An operation of a GlooGroup."""
+
+    __slots__ = ("_error", "_group", "_work")
+
+    def __init__(self, group: Issuer, work: torch_private.TorchWork) -> None:
+        self._group = group
+        self._work: torch_private.TorchWork | None = work
+        self._error: BaseException | None = None
+
+    def wait(self) -> None:
+        work = self._work
+        if work is not None:
+            while not self._has_ended(work, WAIT_SLICE):
+                pass
+        if self._error is not None:
+            raise self._error
+
+    def is_completed(self) -> bool:
+        work = self._work
+        return work is None or work.is_completed()
+
+    def settle(self, deadline: float) -> bool:
+        """Wait, but do not raise; False when it has not ended by `deadline` (monotonic)."""
+        work = self._work
+        while work is not None and not self._has_ended(work, WAIT_SLICE):
+            if time.monotonic() >= deadline:
+                return False
+        return True
+
+    def _has_ended(self, work: torch_private.TorchWork, timeout: timedelta) -> bool:
+        """False when it has not in time: then its thread still has the tensor, and nothing is decided."""
+        try:
+            work.wait(timeout)
+        except RuntimeError:
+            if not work.is_completed():
+                if not self._group.is_stuck():
+                    return False
+                self._error = self._group.failure()
+                self._group.park(work)
+            else:
+                error = _error_of(work)
+                if error is not None:
+                    self._error = self._group.lost_by(error)
+        # torch's Work holds on to the tensor, and to the group's sockets.
+        self._work = None
+        self._group.forget(self)
+        return True
+
+
+def _error_of(work: torch_private.TorchWork) -> RuntimeError | None:
+    """An ended operation's own error; what a wait raised may be that it ran out of time just before the end."""
+    try:
+        work.wait()
+    except RuntimeError as own:
+        return own
+    return None
+
+
+@dataclass
+class Parked:
+    """A group that cannot be freed yet: freeing it joins its threads, and one sleeps until its operation times out."""
+
+    gloo: torch_private.TorchGloo
+    works: list[torch_private.TorchWork]
+
+
+_parked: list[Parked] = []
+
+
+def park(gloo: torch_private.TorchGloo, works: list[torch_private.TorchWork]) -> None:
+    torch_private.keep_beyond_exit(gloo)
+    _parked.append(Parked(gloo, works))
+
+
+def free_parked() -> None:
+    """Free the groups whose last operation has timed out meanwhile."""
+    for parked in tuple(_parked):
+        if all(work.is_completed() for work in parked.works):
+            with contextlib.suppress(ValueError):  # another thread was faster
+                _parked.remove(parked)
+                torch_private.free_at_last(parked.gloo)
+
+
+class Alone:
+    """Gloo for a group of one: the identity."""
+
+    def allreduce(self, tensors: list[Tensor], opts: object) -> "_Ended":  # noqa: ARG002 - one value needs no op
+        return _Ended()
+
+    def _allgather_base(self, output: Tensor, source: Tensor) -> "_Ended":
+        output.copy_(source)
+        return _Ended()
+
+
+class _Ended:
+    def wait(self, timeout: timedelta = timedelta(0)) -> bool:  # noqa: ARG002 - as torch's
+        return True
+
+    def is_completed(self) -> bool:
+        return True
