@@ -1,3 +1,49 @@
-"""Everstep keeps a PyTorch training job stepping while machines, processes and networks under it fail."""
+"""Everstep: a PyTorch training job that keeps stepping while machines, processes and networks under it fail.
+
+Names are loaded when they are used, so that `import everstep` costs what the lighthouse and the command line need, and
+torch only where training happens.
+"""
+
+from typing import TYPE_CHECKING
 
 __version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from everstep.errors import ConfigError as ConfigError
+    from everstep.errors import EverstepError as EverstepError
+    from everstep.errors import LighthouseRefused as LighthouseRefused
+    from everstep.errors import LighthouseUnreachable as LighthouseUnreachable
+    from everstep.lighthouse.app import Lighthouse as Lighthouse
+    from everstep.train.ddp import DistributedDataParallel as DistributedDataParallel
+    from everstep.train.manager import Manager as Manager
+    from everstep.train.manager import StepResult as StepResult
+    from everstep.train.optimizer import Optimizer as Optimizer
+    from everstep.train.sampler import DistributedSampler as DistributedSampler
+
+_HOMES = {
+    "ConfigError": "everstep.errors",
+    "EverstepError": "everstep.errors",
+    "LighthouseRefused": "everstep.errors",
+    "LighthouseUnreachable": "everstep.errors",
+    "Lighthouse": "everstep.lighthouse.app",
+    "DistributedDataParallel": "everstep.train.ddp",
+    "Manager": "everstep.train.manager",
+    "StepResult": "everstep.train.manager",
+    "Optimizer": "everstep.train.optimizer",
+    "DistributedSampler": "everstep.train.sampler",
+}
+
+__all__ = ["__version__", *_HOMES]
+
+
+def __getattr__(name: str) -> object:
+    home = _HOMES.get(name)
+    if home is None:
+        raise AttributeError(f"module 'everstep' has no attribute {name!r}")
+    import importlib
+
+    return getattr(importlib.import_module(home), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

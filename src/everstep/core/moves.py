@@ -90,6 +90,11 @@ class LinkDown:
 
 
 @dataclasses.dataclass(frozen=True)
+class ReadyToJoin:
+    """The process has imported, built and registered what it trains: nobody will wait for that once it is in."""
+
+
+@dataclasses.dataclass(frozen=True)
 class BarrierEnded:
     """The first operation of the new quorum ended; everybody's claims in rank order."""
 
@@ -111,6 +116,11 @@ class GradientsReduced:
     quorum_id: QuorumId
     contributors: tuple[MemberId, ...]
     samples: bytes = b""
+
+
+@dataclasses.dataclass(frozen=True)
+class MoreReductions:
+    """The step has another reduction after all: it is not reduced yet."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,9 +164,11 @@ class TrainAlone:
 ReplicaEvent = (
     LinkUp
     | LinkDown
+    | ReadyToJoin
     | BarrierEnded
     | StateRecovered
     | GradientsReduced
+    | MoreReductions
     | VoteEnded
     | CollectiveFailed
     | AskToLeave

@@ -40,6 +40,8 @@ from everstep.core.moves import (
     Leave,
     LinkDown,
     LinkUp,
+    MoreReductions,
+    ReadyToJoin,
     ReplicaEvent,
     StateRecovered,
     TrainAlone,
@@ -79,12 +81,17 @@ class Replica(ReplicaState):
             case LinkDown():
                 self._is_up, self._beat_at = False, None
                 return []
+            case ReadyToJoin():
+                self._is_ready = True
+                return self._link_up() if self._is_up else []
             case BarrierEnded():
                 return self._barrier_ended(event)
             case StateRecovered(quorum_id):
                 return self._state_recovered(quorum_id, now)
             case GradientsReduced():
                 return self._gradients_reduced(event, now)
+            case MoreReductions():
+                return self._more_reductions(now)
             case VoteEnded():
                 return self._vote_ended(event, now)
             case CollectiveFailed():
@@ -117,6 +124,8 @@ class Replica(ReplicaState):
 
     def _link_up(self) -> list[Effect]:
         self._is_up = True
+        if not self._is_ready:
+            return []
         out: list[Effect] = self._leave_group() if self.lineage is None else []
         if self._wants_to_leave and self.lineage is None:
             return out + self._leave("drained while it was away")
@@ -289,6 +298,13 @@ class Replica(ReplicaState):
         self.tag = LineageEntry(self.step + 1, self.attempt, event.quorum_id, event.contributors, event.samples)
         self.vote = None
         self._set_phase(Phase.REDUCED, now)
+        return []
+
+    def _more_reductions(self, now: float) -> list[Effect]:
+        """Back to RUNNING before the vote. The tag's digest counts reductions, so G3 never takes one for the other."""
+        if self.phase is Phase.REDUCED and not self.is_frozen:
+            self.tag = None
+            self._set_phase(Phase.RUNNING, now)
         return []
 
     def cast_vote(self, is_ok: bool, now: float) -> VoteCast | None:

@@ -46,6 +46,7 @@ class ReplicaState:
         self._proposals: dict[QuorumId, Quorum] = {}
         self._lists: dict[QuorumId, Quorum] = {}
         self._is_up = False
+        self._is_ready = False  # to join: no Hello before
         self._wants_to_leave = False
         self._doubt_at: float | None = None  # a collective failed; when to report it again
         self._beat_at: float | None = None

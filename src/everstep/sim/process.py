@@ -12,6 +12,7 @@ from everstep.core.moves import (
     GradientsReduced,
     LinkDown,
     LinkUp,
+    ReadyToJoin,
     Recover,
     Reduce,
     ReplicaConfig,
@@ -67,6 +68,7 @@ class Process:
         link = self._link
         lighthouse.opened(link, self)
         self.feed(LinkUp())
+        self.feed(ReadyToJoin())
 
     def link_lost(self, detail: str, reconnect_after: float | None = None) -> None:
         """Both directions drop what is under way; the lighthouse notices a little later."""

@@ -1,0 +1,1 @@
+"""`everstep demo`: a small GPT in three replica groups, one of which is killed and comes back."""

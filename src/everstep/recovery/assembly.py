@@ -1,0 +1,79 @@
+"""Where a joiner puts the payload: each chunk's bytes straight into the memory of the tensors that they belong to."""
+
+import importlib
+from collections.abc import Iterator
+from types import ModuleType
+
+import torch
+
+from everstep.errors import ConfigError
+from everstep.recovery.dtypes import DTYPES
+from everstep.recovery.landing import Landing
+from everstep.recovery.manifest import ArrayNode, BigInt, Blob, Leaf, Manifest, TensorNode, build
+from everstep.recovery.snapshot import memory_of
+
+
+class Assembly:
+    """The regions of one manifest. Fill every chunk, verify it, then `tree()`; `discard()` on failure."""
+
+    def __init__(self, manifest: Manifest, landing: Landing) -> None:
+        self._manifest = manifest
+        self._landing = landing
+        self._regions = [landing.take(size) for size in manifest.region_bytes]
+
+    def chunks(self) -> Iterator[list[memoryview]]:
+        """For each chunk in order the pieces of memory that it fills."""
+        left = self._manifest.chunk_bytes
+        pieces: list[memoryview] = []
+        for region in self._regions:
+            memory = memory_of(region)
+            while len(memory):
+                piece, memory = memory[:left], memory[left:]
+                pieces.append(piece)
+                left -= len(piece)
+                if left == 0:
+                    yield pieces
+                    pieces, left = [], self._manifest.chunk_bytes
+        if pieces:
+            yield pieces
+
+    def tree(self) -> dict[str, object]:
+        """The state, made of fresh CPU tensors on the regions; tied tensors share a storage again."""
+        tree = build(self._manifest, self._leaf)
+        assert isinstance(tree, dict)
+        return tree
+
+    def discard(self) -> None:
+        for region in self._regions:
+            self._landing.give_back(region)
+        self._regions = []
+
+    def _leaf(self, node: Leaf) -> object:
+        if isinstance(node, TensorNode):
+            storage = self._regions[node.region].untyped_storage()
+            tensor = torch.empty(0, dtype=DTYPES[node.dtype])
+            return tensor.set_(storage, node.offset, node.shape, node.strides)
+        if isinstance(node, ArrayNode):
+            return self._array(node)
+        return plain_leaf(node)
+
+    def _array(self, node: ArrayNode) -> object:
+        numpy = _numpy()
+        array = numpy.empty(node.shape, node.dtype)
+        if array.nbytes:
+            array = numpy.frombuffer(memory_of(self._regions[node.region]), node.dtype).reshape(node.shape)
+        return array[()] if node.is_scalar else array
+
+
+def plain_leaf(node: Leaf) -> object:
+    """Of a leaf without payload its value; a tensor or array stays its node."""
+    if isinstance(node, BigInt):
+        return int.from_bytes(node.data, "little", signed=True)
+    return node.data if isinstance(node, Blob) else node
+
+
+def _numpy() -> ModuleType:
+    try:
+        return importlib.import_module("numpy")
+    except ImportError as error:
+        raise ConfigError("the peer's state contains numpy values; install numpy here as well") from error

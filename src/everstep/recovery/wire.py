@@ -1,0 +1,112 @@
+"""A connected socket that moves whole things: a head, a list of buffers. Blocking, so that the kernel does the work.
+
+Python's own socket timeouts would make the socket non-blocking and take the GIL back from the training thread for every
+few hundred KB; SO_RCVTIMEO and SO_SNDTIMEO let one call move a whole chunk. `shut` from any thread wakes both sides.
+"""
+
+import contextlib
+import socket
+import struct
+import threading
+import time
+from collections.abc import Sequence
+
+from everstep.errors import RemoteProtocolError
+
+HEAD_BYTES_MAX = 16 << 10
+_BUFFERS_MAX = 512  # of one call; the kernel takes 1024
+
+
+class Wire:
+    """One owner thread; only `shut` may be called from others. Every failure is an OSError.
+
+    `stall_timeout_s`: how long the other side may let nothing move at all.
+    """
+
+    def __init__(self, sock: socket.socket, stall_timeout_s: float) -> None:
+        self._socket = sock
+        self._stall_timeout_s = stall_timeout_s
+        self._closing = threading.Lock()  # or `shut` could hit another socket that was given the same number
+        self._ahead = b""  # received with a head, belongs to the body
+
+    def open(self) -> None:
+        self._socket.settimeout(None)
+        self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self._limit(socket.SO_SNDTIMEO, self._stall_timeout_s)
+
+    def fileno(self) -> int:
+        return self._socket.fileno()
+
+    def shut(self) -> None:
+        """Wakes the owner, whatever it waits for, with an OSError."""
+        with self._closing, contextlib.suppress(OSError):
+            self._socket.shutdown(socket.SHUT_RDWR)
+
+    def close(self) -> None:
+        with self._closing:
+            self._socket.close()
+
+    def send(self, *buffers: bytes | memoryview) -> None:
+        """All of it, however slow the reader, as long as something moves within the stall timeout."""
+        left = [memoryview(buffer) for buffer in buffers if len(buffer)]
+        while left:
+            try:
+                sent = self._socket.sendmsg(left[:_BUFFERS_MAX])
+            except BlockingIOError as error:
+                raise TimeoutError(f"the reader took nothing for {self._stall_timeout_s} s") from error
+            left = _without(left, sent)
+
+    def receive_into(self, buffers: Sequence[memoryview], deadline: float) -> None:
+        """Fill all of them; `deadline` is an instant of time.monotonic()."""
+        left = [buffer for buffer in buffers if len(buffer)]
+        while left and self._ahead:
+            taken = min(len(self._ahead), len(left[0]))
+            left[0][:taken] = self._ahead[:taken]
+            self._ahead = self._ahead[taken:]
+            left = _without(left, taken)
+        while left:
+            self._wait_at_most(deadline)
+            try:
+                received = self._socket.recvmsg_into(left[:_BUFFERS_MAX], 0, socket.MSG_WAITALL)[0]
+            except BlockingIOError as error:
+                raise TimeoutError("nothing arrived in time") from error
+            if received == 0:
+                raise ConnectionResetError("the connection was closed in the middle")
+            left = _without(left, received)
+
+    def read_head(self, deadline: float) -> bytes:
+        """Up to the first empty line; b"" when the other side closed instead. The body, if any, comes next."""
+        while (end := self._ahead.find(b"\r\n\r\n")) < 0:
+            if len(self._ahead) > HEAD_BYTES_MAX:
+                raise RemoteProtocolError(f"a head of more than {HEAD_BYTES_MAX} bytes")
+            self._wait_at_most(deadline)
+            try:
+                received = self._socket.recv(HEAD_BYTES_MAX)
+            except BlockingIOError as error:
+                raise TimeoutError("nothing arrived in time") from error
+            if not received:
+                if self._ahead:
+                    raise ConnectionResetError("the connection was closed in the middle")
+                return b""
+            self._ahead += received
+        head, self._ahead = self._ahead[:end], self._ahead[end + 4 :]
+        return head
+
+    def _wait_at_most(self, deadline: float) -> None:
+        remaining = deadline - time.monotonic()
+        if remaining <= 0:
+            raise TimeoutError("the deadline has passed")
+        self._limit(socket.SO_RCVTIMEO, min(self._stall_timeout_s, remaining))
+
+    def _limit(self, option: int, seconds: float) -> None:
+        microseconds = max(1, round(seconds * 1e6))  # 0 would mean for ever
+        self._socket.setsockopt(socket.SOL_SOCKET, option, struct.pack("@ll", *divmod(microseconds, 1_000_000)))
+
+
+def _without(buffers: list[memoryview], moved: int) -> list[memoryview]:
+    """The rest of the buffers after `moved` bytes of them."""
+    for index, buffer in enumerate(buffers):
+        if moved < len(buffer):
+            return [buffer[moved:], *buffers[index + 1 :]]
+        moved -= len(buffer)
+    return []

@@ -1,0 +1,1 @@
+"""What a training script uses: the Manager, DistributedDataParallel, Optimizer and DistributedSampler."""

@@ -1,0 +1,224 @@
+"""This process's presence in the job: its machine, its link, and the servers that the other members reach.
+
+The link thread feeds the machine and performs what it returns; the training thread waits on `changed` and feeds its
+own results. One lock guards the machine; nothing blocks while it is held.
+"""
+
+import asyncio
+import contextlib
+import logging
+import secrets
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from types import TracebackType
+from urllib.parse import urlsplit
+
+from everstep.collectives.gloo import GlooProcessGroup
+from everstep.collectives.process_group import ReconfigurableProcessGroup
+from everstep.collectives.store import HostedStore
+from everstep.config import ManagerSettings
+from everstep.core.messages import Effect, Log, Send, Sever, ToMember
+from everstep.core.moves import Leave, LinkDown, LinkUp, ReplicaConfig, ReplicaEvent, TrainAlone
+from everstep.core.replica import Replica
+from everstep.errors import ConfigError, EverstepError, LighthouseRefused
+from everstep.link.auth import Credentials
+from everstep.link.client import LinkClient
+from everstep.link.dial import LinkTarget
+from everstep.link.driver import Driver
+from everstep.recovery import Fetch, RecoveryServer, ServerOptions, TransferAuth
+
+log = logging.getLogger("everstep")
+
+
+class Presence:
+    """Context manager. With a lighthouse it joins the job; without one it is a quorum of one, and opens no socket."""
+
+    def __init__(self, settings: ManagerSettings, replica: ReplicaConfig, host: str | None) -> None:
+        self._settings = settings
+        self._config = replica
+        self._host = host
+        self.auth = TransferAuth(settings.token) if settings.token is not None else None
+        self.changed = threading.Condition(threading.RLock())
+        self.group: ReconfigurableProcessGroup = GlooProcessGroup()
+        self.server: RecoveryServer | None = None
+        self._replica: Replica | None = None
+        self._driver: Driver[ToMember | ReplicaEvent] | None = None
+        self._client: LinkClient | None = None
+        self._store: HostedStore | None = None
+        self._fetch: Fetch | None = None
+        self._error: Exception | None = None
+
+    @property
+    def replica(self) -> Replica:
+        """Read it under `changed`."""
+        assert self._replica is not None, "start the Manager first: `with es.Manager() as manager`"
+        return self._replica
+
+    # ---- start and end
+
+    def __enter__(self) -> "Presence":
+        try:
+            self._start()
+        except BaseException:
+            self._close_servers()
+            raise
+        return self
+
+    def _start(self) -> None:
+        lighthouse = self._settings.lighthouse
+        if lighthouse is None:
+            self._begin(self._config)
+            self.feed(TrainAlone("alone"))
+            return
+        host = self._host or _address_towards(lighthouse)
+        self.group = GlooProcessGroup(bind_host=host)
+        self._store = HostedStore(host)
+        self._store.start()
+        self.server = RecoveryServer(ServerOptions(auth=self.auth))
+        url = self.server.start(host, host)
+        config = self._config
+        self._begin(
+            ReplicaConfig(
+                replica_id=config.replica_id,
+                nonce=config.nonce,
+                store=self._store.address,
+                recovery=url,
+                expected_replicas=config.expected_replicas,
+                min_replicas=config.min_replicas,
+                init_sync=config.init_sync,
+                start_step=config.start_step,
+                keeps_gradients=config.keeps_gradients,
+            )
+        )
+        credentials = Credentials(job_id=self._settings.job_id, token=self._settings.token)
+        target = LinkTarget(
+            url=lighthouse,
+            credentials=credentials,
+            connect_timeout_s=self._settings.connect_timeout_s,
+            tls_ca=self._settings.tls_ca,
+        )
+        self._client = LinkClient(target, self)
+        self._client.start()
+        try:
+            self._client.wait_open(self._settings.connect_timeout_s + 1.0)
+        except BaseException:
+            self._client.close()
+            raise
+
+    def _begin(self, config: ReplicaConfig) -> None:
+        self._replica = Replica(config)
+        self._driver = Driver(self._replica, self._perform, lock=self.changed, on_crash=self.on_failed)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._client is not None:
+            reason = "done" if error is None else f"{type(error).__name__}"
+            if error is None or isinstance(error, KeyboardInterrupt | SystemExit):
+                self.feed(Leave(reason))  # after another error no Goodbye: the others go on as after a crash
+            self._client.close()
+        self._close_servers()
+
+    def _close_servers(self) -> None:
+        if self._driver is not None:
+            self._driver.close()
+        self.group.close()
+        if self.server is not None:
+            self.server.close()
+        if self._store is not None:
+            self._store.close()
+
+    # ---- either thread
+
+    def feed(self, event: ReplicaEvent) -> None:
+        assert self._driver is not None
+        self._driver.receive(event)
+
+    def run(self, call: Callable[[float], list[Effect]]) -> None:
+        """Call the machine under the lock with the time now."""
+        assert self._driver is not None
+        self._driver.run(call)
+
+    def _perform(self, effects: list[Effect]) -> None:
+        """Under the lock; never blocks."""
+        for effect in effects:
+            match effect:
+                case Send(message, _):
+                    if self._client is not None:
+                        self._client.send(message)  # type: ignore[arg-type]
+                case Sever(up_to):
+                    self.group.abort(up_to)
+                    if self._fetch is not None:
+                        self._fetch.abort()
+                case Log(event, fields):
+                    self._log(event, fields)
+                case _:
+                    raise AssertionError(f"a member's machine returned {effect}")
+        self.changed.notify_all()
+
+    def _log(self, event: str, fields: dict[str, object]) -> None:
+        if log.isEnabledFor(logging.INFO):
+            text = " ".join(f"{name}={value}" for name, value in fields.items())
+            log.info("%s %s member=%s", event, text, self.replica.member)
+
+    @contextlib.contextmanager
+    def fetching(self, fetch: Fetch) -> Iterator[Fetch]:
+        """Lets a freeze abort `fetch` while the block runs."""
+        with self.changed:
+            self._fetch = fetch
+        try:
+            yield fetch
+        finally:
+            with self.changed:
+                self._fetch = None
+
+    def check(self) -> None:
+        """Raise what ended this member's part in the job. Training thread, with or without the lock."""
+        if self._error is not None:
+            raise self._error
+        refusal = self.replica.refusal
+        if refusal is not None:
+            raise LighthouseRefused(refusal.code, refusal.detail)
+
+    # ---- LinkHandler: the link's thread
+
+    def on_start(self, loop: asyncio.AbstractEventLoop) -> None:
+        assert self._driver is not None
+        self._driver.attach(loop)
+
+    def on_open(self) -> None:
+        self.feed(LinkUp())
+
+    def on_message(self, message: ToMember) -> None:
+        assert self._driver is not None
+        self._driver.receive(message)
+
+    def on_close(self, detail: str) -> None:  # noqa: ARG002 - the client has logged it
+        self.feed(LinkDown())
+
+    def on_failed(self, error: Exception) -> None:
+        """The training thread raises it at its next look."""
+        with self.changed:
+            self._error = error
+            quorum = self.replica.quorum
+            if not isinstance(error, EverstepError) and quorum is not None:
+                self.group.abort(quorum.id)  # a bug: let nobody wait for this member
+            self.changed.notify_all()
+
+
+def new_nonce() -> str:
+    return secrets.token_hex(8)
+
+
+def _address_towards(lighthouse: str) -> str:
+    """This host's address on the way to the lighthouse, which is where the other members reach it too."""
+    parts = urlsplit(lighthouse)
+    host, port = parts.hostname or "", parts.port or 80
+    try:
+        family, kind, protocol, _, target = socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM)[0]
+        with socket.socket(family, kind, protocol) as probe:
+            probe.connect(target)  # UDP: no packet is sent
+            return str(probe.getsockname()[0])
+    except OSError as error:
+        raise ConfigError(f"the lighthouse's host {host!r} is unknown or unreachable: {error}") from error

@@ -1,0 +1,337 @@
+"""Follows the machine's moves on the training thread: settles quorums, reduces, votes, until a step is decided.
+
+The script's thread is the only one here. Collectives end early when the link thread severs them; then the machine says
+how to go on, and nothing that was computed is computed again.
+"""
+
+import dataclasses
+import logging
+import time
+from collections.abc import Callable
+
+import msgspec
+import torch
+
+from everstep.collectives.process_group import Membership, ReduceOp
+from everstep.collectives.step_journal import Reduction, StepJournal
+from everstep.core.messages import Effect
+from everstep.core.moves import (
+    BarrierEnded,
+    Build,
+    CollectiveFailed,
+    GradientsReduced,
+    MoreReductions,
+    Move,
+    ReadyToJoin,
+    Recover,
+    Reduce,
+    StateRecovered,
+    Vote,
+    VoteCast,
+    VoteEnded,
+    Wait,
+)
+from everstep.core.recovery_plan import Claim
+from everstep.core.types import LineageEntry, Phase, Quorum, QuorumId
+from everstep.errors import PeerLost, RecoveryFailed, StepInterrupted
+from everstep.train.header import Contribution, StepHeader
+from everstep.train.presence import Presence
+from everstep.train.recovering import Recovery
+
+WAIT_SLICE_S = 0.5  # so that Python runs signal handlers while it waits
+SAY_WAITING_AFTER_S = 5.0
+CLAIM_BYTES = 512
+FETCH_AGAIN_S = (0.05, 2.0)
+
+log = logging.getLogger("everstep")
+_encode = msgspec.msgpack.Encoder().encode
+_claims = msgspec.msgpack.Decoder(Claim)
+
+
+@dataclasses.dataclass(frozen=True)
+class Batch:
+    """What the gradients at hand were computed for."""
+
+    step: int
+    attempt: int
+    evictions: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Decision:
+    """How a step ended. `entry` is set when it committed."""
+
+    committed: bool
+    step: int
+    why: str
+    entry: LineageEntry | None = None
+    contributions: tuple[Contribution, ...] = ()
+    participants: int = 0
+
+
+class Stepper:
+    """`begin` opens a step, `append` reduces something in it, `decide` ends it."""
+
+    def __init__(self, presence: Presence, recovery: Recovery, contribution: Callable[[], Contribution]) -> None:
+        self._presence = presence
+        self._recovery = recovery
+        self._contribution = contribution
+        self._journal = StepJournal()
+        self._header: StepHeader | None = None
+        self._batch: Batch | None = None
+        self._before_vote: Callable[[], str] = lambda: ""
+        self._is_prepared = False  # before_vote ran for the reduction at hand
+        self._objection = ""
+        self._has_asked_to_join = False
+        self._fetch_again_s = FETCH_AGAIN_S[0]
+
+    # ---- what the rest of train/ calls
+
+    @property
+    def is_open(self) -> bool:
+        """Something was reduced, or is being reduced, since the last decision."""
+        return self._batch is not None and len(self._journal) > 0
+
+    @property
+    def replays(self) -> int:
+        return self._journal.replays
+
+    @property
+    def contributions(self) -> tuple[Contribution, ...]:
+        """Everybody's, once the step is reduced."""
+        return tuple(self._header.contributions.values()) if self._header is not None else ()
+
+    def begin(self) -> None:
+        """Be a settled member that holds the state: joins, recovers, builds as needed. Cheap when nothing is to do."""
+        if self._batch is not None:
+            return
+        if not self._has_asked_to_join:
+            self._has_asked_to_join = True
+            self._presence.feed(ReadyToJoin())
+        self._drive(lambda move: isinstance(move, Reduce))
+        with self._presence.changed:
+            self._batch = self._current_batch()
+
+    def append(self, reduction: Reduction) -> None:
+        """Add a reduction to the step and, where the group is up, issue it at once."""
+        self.begin()
+        if self._header is None:
+            self._header = StepHeader(self._contribution())
+            self._journal.append(self._header)
+        self._journal.append(reduction)
+        self._is_prepared = False
+        with self._presence.changed:
+            self._reopen()
+            move = self._presence.replica.next_move()
+            if self._is_decided():
+                return
+        if not isinstance(move, Reduce) or self._journal.issued_in not in (None, move.quorum.id):
+            return  # a failure is being handled: the journal is issued when it is resolved
+        self._journal.enter(move.quorum.id)
+        self._try(move.quorum.id, lambda: self._journal.issue_pending(self._presence.group, move.quorum))
+
+    def complete(self) -> None:
+        """Block until every reduction so far has its result in place, or the step is decided against this batch."""
+        replica = self._presence.replica
+        self._drive(lambda _: replica.phase is Phase.REDUCED and not replica.is_frozen)
+
+    def wait_for(self, reduction: Reduction) -> None:
+        """Block until this one (and those before it) is in place; more may follow in the step."""
+        position = self._journal.position(reduction)
+        self._drive(lambda _: self._journal.has_finished(position), until=lambda: self._journal.has_finished(position))
+
+    def decide(self, before_vote: Callable[[], str], objection: str = "") -> Decision:
+        """Vote, and follow whatever happens, until the step is committed or aborted on every member.
+
+        `before_vote` runs once for every completed reduction; what it returns, if anything, is why to vote no.
+        """
+        self.begin()
+        if self._header is None:
+            self._header = StepHeader(self._contribution())
+            self._journal.append(self._header)
+            with self._presence.changed:
+                self._reopen()
+        self._before_vote, self._objection = before_vote, objection
+        self._drive(lambda _: False)
+        return self._close()
+
+    # ---- the loop
+
+    def _drive(self, is_reached: Callable[[Move], bool], until: Callable[[], bool] | None = None) -> None:
+        """Make moves until `is_reached`, or until the batch at hand is decided."""
+        waiting_since = 0.0
+        while True:
+            self._presence.check()
+            with self._presence.changed:
+                move = self._presence.replica.next_move()
+                if self._is_decided() or is_reached(move):
+                    return
+                if isinstance(move, Wait):
+                    waiting_since = self._wait(move, waiting_since)
+                    continue
+            waiting_since = 0.0
+            self._make(move, until)
+
+    def _make(self, move: Move, until: Callable[[], bool] | None) -> None:
+        match move:
+            case Build(quorum, claim):
+                self._try(quorum.id, lambda: self._settle(quorum, claim))
+            case Recover():
+                self._fetch(move)
+            case Reduce(quorum):
+                self._try(quorum.id, lambda: self._reduce(quorum, until))
+            case Vote(quorum, must_be_no):
+                self._try(quorum.id, lambda: self._vote(quorum, must_be_no))
+
+    def _wait(self, move: Wait, since: float) -> float:
+        """Under the lock, which waiting gives up."""
+        now = time.monotonic()
+        if since == 0.0:
+            since = now
+        elif 0.0 <= now - since - SAY_WAITING_AFTER_S < WAIT_SLICE_S:
+            log.warning("waiting for %s", move.why)
+        self._presence.changed.wait(WAIT_SLICE_S)
+        return since
+
+    def _try(self, quorum_id: QuorumId, operate: Callable[[], None]) -> None:
+        try:
+            operate()
+        except PeerLost as error:
+            self._presence.feed(CollectiveFailed(quorum_id, error.peer, _first_line(error)))
+        except StepInterrupted as error:
+            self._presence.feed(CollectiveFailed(quorum_id, None, _first_line(error)))
+
+    def _settle(self, quorum: Quorum, claim: Claim) -> None:
+        presence = self._presence
+        with presence.changed:
+            rank = presence.replica.rank
+        if rank is None:
+            return
+        group = presence.group
+        group.configure(Membership(quorum_id=quorum.id, rank=rank, size=len(quorum.members), store=quorum.store))
+        gathered = group.allgather(_pack(claim))
+        claims = tuple(_claims.decode(_unpack(row)) for row in gathered)
+        presence.feed(BarrierEnded(quorum.id, claims))
+        with presence.changed:
+            replica = presence.replica
+            is_current = replica.quorum is not None and replica.quorum.id == quorum.id
+            plan = replica.plan if is_current and not replica.is_frozen else None
+        if plan is not None:
+            group.release_previous()
+            self._recovery.offer(quorum, plan, rank)
+
+    def _fetch(self, move: Recover) -> None:
+        quorum_id = move.quorum.id
+        try:
+            self._recovery.fetch(move)
+        except StepInterrupted:
+            return  # frozen: the machine has left this quorum already
+        except RecoveryFailed as error:
+            log.warning("recovery failed: %s; trying again in %.2f s", error, self._fetch_again_s)
+            self._presence.feed(CollectiveFailed(quorum_id, move.source, f"recovery: {_first_line(error)}"))
+            with self._presence.changed:
+                self._presence.changed.wait(self._fetch_again_s)
+            self._fetch_again_s = min(2 * self._fetch_again_s, FETCH_AGAIN_S[1])
+            return
+        self._fetch_again_s = FETCH_AGAIN_S[0]
+        self._presence.feed(StateRecovered(quorum_id))
+
+    def _reduce(self, quorum: Quorum, until: Callable[[], bool] | None) -> None:
+        journal = self._journal
+        if not journal.reductions:
+            return
+        journal.enter(quorum.id)
+        journal.issue_pending(self._presence.group, quorum)
+        journal.wait(until)
+        if not journal.is_finished:
+            return
+        assert self._header is not None
+        self._is_prepared = False
+        contributors = tuple(self._header.contributions)
+        self._presence.feed(GradientsReduced(quorum.id, contributors, self._header.digest(len(journal))))
+
+    def _vote(self, quorum: Quorum, must_be_no: bool) -> None:
+        if not self._is_prepared:
+            self._objection = self._objection or self._before_vote()
+            self._is_prepared = True
+        if must_be_no:
+            self._objection = self._objection or f"{len(quorum.members)} replica groups are fewer than min_replicas"
+        cast: list[VoteCast] = []
+
+        def cast_vote(now: float) -> list[Effect]:
+            promise = self._presence.replica.cast_vote(not self._objection, now)
+            if promise is not None:
+                cast.append(promise)
+            return []
+
+        self._presence.run(cast_vote)
+        if not cast:
+            return
+        number = _number(cast[0].proposal)
+        vote = torch.tensor([int(cast[0].is_ok), number, -number], dtype=torch.int64)
+        self._presence.group.allreduce(vote, ReduceOp.MIN).wait()
+        is_ok, lowest, highest = vote.tolist()
+        self._presence.feed(VoteEnded(quorum.id, bool(is_ok), _quorum_id(lowest), _quorum_id(-highest)))
+
+    # ---- decisions
+
+    def _current_batch(self) -> Batch:
+        replica = self._presence.replica
+        return Batch(replica.step, replica.attempt, replica.evictions)
+
+    def _is_decided(self) -> bool:
+        """Under the lock: the machine has moved past the batch at hand."""
+        return self._batch is not None and self._batch != self._current_batch()
+
+    def _reopen(self) -> None:
+        """Under the lock: one more reduction belongs to a step that looked complete."""
+        if self._presence.replica.phase is Phase.REDUCED:
+            self._presence.feed(MoreReductions())
+
+    def _close(self) -> Decision:
+        batch, header = self._batch, self._header
+        assert batch is not None
+        with self._presence.changed:
+            replica = self._presence.replica
+            is_committed = replica.evictions == batch.evictions and replica.step == batch.step + 1
+            entry = replica.last_entry if is_committed else None
+            step = replica.step
+            is_evicted = replica.evictions != batch.evictions
+        contributions = tuple(header.contributions.values()) if header is not None and is_committed else ()
+        why = "" if is_committed else self._why_not(is_evicted)
+        self._journal.clear()
+        self._header, self._batch, self._objection, self._is_prepared = None, None, "", False
+        if is_committed:
+            self._recovery.withdraw()
+        return Decision(is_committed, step, why, entry, contributions, len(contributions))
+
+    def _why_not(self, is_evicted: bool) -> str:
+        if is_evicted:
+            return "this member was left out of the quorum while it was away; it recovers the state from its peers"
+        return self._objection or "another member voted no"
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).partition("\n")[0][:200]
+
+
+def _pack(claim: Claim) -> torch.Tensor:
+    content = _encode(claim)
+    assert len(content) < CLAIM_BYTES - 2, "a lineage's history id is far too long"
+    return torch.frombuffer(
+        bytearray(len(content).to_bytes(2, "little") + content.ljust(CLAIM_BYTES - 2, b"\0")), dtype=torch.uint8
+    )
+
+
+def _unpack(row: torch.Tensor) -> bytes:
+    content = bytes(row.tolist())
+    return content[2 : 2 + int.from_bytes(content[:2], "little")]
+
+
+def _number(quorum_id: QuorumId) -> int:
+    """Ids as integers that compare alike, for the vote."""
+    return quorum_id.epoch << 32 | quorum_id.seq
+
+
+def _quorum_id(number: int) -> QuorumId:
+    return QuorumId(number >> 32, number & 0xFFFFFFFF)
