@@ -17,6 +17,7 @@ SHARED_MEMORY = Path("/dev/shm")
 END_TIMEOUT_S = 3.0
 # Helpers of multiprocessing that live until the interpreter ends, by its own design.
 INTERPRETER_OWNED = ("multiprocessing.resource_tracker", "multiprocessing.forkserver")
+INTERPRETER_TEMP = "pymp-"  # where the fork server listens
 
 
 class LeakWatch:
@@ -55,7 +56,9 @@ class LeakWatch:
         commands = {f"process {pid}: {command}" for pid in processes if not _is_exempt(command := _command(pid))}
         threads = {f"thread {t.name!r}" for t in threading.enumerate() if _counts(t)}
         sockets = {f"listening socket {socket}" for socket in proc.listening_sockets(me)}
-        files = {f"temporary file {path}" for path in self._temp_dir.glob("*")}
+        files = {
+            f"temporary file {path}" for path in self._temp_dir.glob("*") if not path.name.startswith(INTERPRETER_TEMP)
+        }
         return commands | threads | sockets | files
 
     def _orphaned_shared_memory(self) -> set[str]:

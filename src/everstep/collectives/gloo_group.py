@@ -13,7 +13,6 @@ import socket
 import struct
 import threading
 import time
-from datetime import timedelta
 
 import torch
 from torch import Tensor
@@ -31,12 +30,12 @@ from everstep.collectives.sockets import (
     host_and_port,
     is_open,
     joined,
+    open_recognised,
     open_sockets,
     route_to,
     sever,
 )
-from everstep.collectives.store import StoreClient, connect_store, open_recognised
-from everstep.collectives.torch_private import PrefixStore
+from everstep.collectives.store_client import StoreClient, connect_store
 from everstep.errors import ConfigError, PeerLost, StepInterrupted
 
 PENDING_MAX = 256
@@ -110,10 +109,10 @@ class GlooGroup:
             return StepInterrupted(str(failure or f"quorum {self.membership.quorum_id} is not built"))
         return failure
 
-    def lost_by(self, error: RuntimeError) -> BaseException:
+    def lost_by(self, error: str) -> BaseException:
         """What an operation's error means; the first such is what every later operation raises."""
-        if "gloo/" not in str(error):  # not of the transport: a tensor that cannot be reduced, say
-            return error
+        if "gloo/" not in error:  # not of the transport: a tensor that cannot be reduced, say
+            return RuntimeError(error)
         if self._failure is None:
             self._failure = self._translated(error)
         return self.failure()
@@ -147,7 +146,7 @@ class GlooGroup:
             kept = sever(find_sockets(self._is_connection))
             self._knock()
         if self._client is not None:
-            kept += sever([self._client.socket])
+            self._client.sever()
         self._kept += kept
         if is_idle:
             self._let_go()
@@ -175,11 +174,12 @@ class GlooGroup:
 
     def fds(self) -> list[int]:
         """Every socket of the group that is open now, the listener too. Takes no lock: a forked child calls it."""
-        known = [self._client.socket] if self._client is not None else []
-        if self._listening is not None:
-            known.append(self._listening)
+        known = [self._listening] if self._listening is not None else []
         known += self._connections if self.ended.is_set() else find_sockets(self._is_connection)
-        return [opened.fd for opened in known if is_open(opened)] + [kept.fileno() for kept in self._kept]
+        pythons = [kept.fileno() for kept in self._kept]
+        if self._client is not None:
+            pythons.append(self._client.fileno())
+        return [opened.fd for opened in known if is_open(opened)] + [fd for fd in pythons if fd >= 0]
 
     def drain(self, deadline: float) -> bool:
         """Wait until no operation of a severed group can touch its tensor any more; False when `deadline` passed."""
@@ -199,6 +199,8 @@ class GlooGroup:
             self._stuck = []
         self._device = None
         self._gloo = None
+        if self._client is not None and self.ended.is_set():
+            self._client.close()
         self._client = None
         free_parked()
 
@@ -230,7 +232,7 @@ class GlooGroup:
         except StepInterrupted as error:
             self._failure = self._failure or error
         except RuntimeError as error:  # torch's, whatever went wrong
-            self._failure = self._failure or self._translated(error)
+            self._failure = self._failure or self._translated(str(error))
         except BaseException as error:  # boundary: it is for the thread that called configure, not for this one
             self._failure = self._failure or error
         self.ended.set()
@@ -244,13 +246,14 @@ class GlooGroup:
         store_address = host_and_port(me.store)
         host = self._bind_host or route_to(store_address)
         before, threads_before = open_sockets(), _threads()
-        self._client = connect_store(store_address, me.timeout_s, lambda: self.is_severed)
+        self._client = connect_store(store_address, lambda: self.is_severed)
         self._listen(host)
-        store = self._store(self._client)
-        self._meet(store)
+        self._learn_peers()
         assert self._device is not None
         gloo = torch_private.connect_gloo(
-            PrefixStore("gloo", store), me.rank, me.size, self._device, me.timeout_s, self._threads
+            torch_private.Place(rank=me.rank, size=me.size, timeout_s=me.timeout_s, threads=self._threads),
+            self._device,
+            lambda mine: self._gather("gloo", mine),
         )
         self._connections = find_sockets(self._is_connection, among=open_sockets() - before)
         close_on_exec(self._connections)
@@ -262,9 +265,7 @@ class GlooGroup:
             return ends.is_listening and ends.local[0] == host
 
         try:
-            self._device, self._listening = open_recognised(
-                lambda: torch_private.gloo_device(host), is_listener, scope="listeners"
-            )
+            self._device, self._listening = open_recognised(lambda: torch_private.gloo_device(host), is_listener)
         except RuntimeError as error:
             raise ConfigError(
                 f"cannot listen on {host}; pass as bind_host an address of this machine: {error}"
@@ -273,26 +274,23 @@ class GlooGroup:
         assert ends is not None
         self._listener = ends.local
 
-    def _meet(self, store: PrefixStore) -> None:
-        """Wait until every member has said where it listens."""
-        me = self.membership
+    def _learn_peers(self) -> None:
+        """Wait until every member has come, and learn where each listens."""
         assert self._listener is not None
-        store.set(f"listener/{me.rank}", joined(self._listener))
-        keys = [f"listener/{rank}" for rank in range(me.size)]
         self._raise_if_severed()
+        for rank, where in enumerate(self._gather("listener", joined(self._listener).encode())):
+            if rank != self.membership.rank:
+                self._peers[host_and_port(where.decode())] = rank
+
+    def _gather(self, what: str, mine: bytes) -> list[bytes]:
+        me, client = self.membership, self._client
+        self._raise_if_severed()
+        assert client is not None
         try:
-            store.wait(keys, timedelta(seconds=me.timeout_s))
-        except RuntimeError:
+            return client.gather(f"{me.quorum_id}/{me.prefix}/{what}", me.rank, me.size, mine, me.timeout_s)
+        except PeerLost as error:
             self._raise_if_severed()
-            missing = [rank for rank, key in enumerate(keys) if not store.check([key])]
-            if missing:
-                message = f"quorum {me.quorum_id}: ranks {missing} did not come within {me.timeout_s:g} s"
-                raise PeerLost(message, missing[0]) from None
-            raise
-        for rank, value in enumerate(store.multi_get(keys)):
-            if rank != me.rank:
-                self._peers[host_and_port(bytes(value).decode())] = rank
-        self._raise_if_severed()
+            raise PeerLost(f"quorum {me.quorum_id}: {error}", error.peer) from None
 
     def learn_far_ends(self) -> None:
         """Off the critical path: which member is at the far end of a connection that we accepted.
@@ -309,25 +307,19 @@ class GlooGroup:
                 peer = self._peers[ends.remote]
                 self._rank_at[ends.remote] = peer
                 opened[peer] = joined(ends.local)
-        me = self.membership
-        with contextlib.suppress(RuntimeError):  # severed meanwhile, or the store is gone: errors name fewer peers
-            store = self._store(client)
-            store.set(f"ends/{me.rank}", json.dumps(opened))
-            for rank, value in enumerate(store.multi_get([f"ends/{rank}" for rank in range(me.size)])):
-                mine = json.loads(bytes(value)).get(str(me.rank))
+        with contextlib.suppress(StepInterrupted):  # severed meanwhile, or the store is gone: errors name fewer peers
+            for rank, said in enumerate(self._gather("ends", json.dumps(opened).encode())):
+                mine = json.loads(said).get(str(self.membership.rank))
                 if mine is not None:
                     self._rank_at[host_and_port(mine)] = rank
-
-    def _store(self, client: StoreClient) -> PrefixStore:
-        return PrefixStore(f"everstep/{self.membership.quorum_id}/{self.membership.prefix}", client.store)
+        client.close()
 
     def _raise_if_severed(self) -> None:
         if self.is_severed:
             raise StepInterrupted(f"quorum {self.membership.quorum_id} was aborted")
 
-    def _translated(self, error: RuntimeError) -> PeerLost:
-        text = str(error).partition("\n")[0] or type(error).__name__
-        text = re.sub(r"^\[[^\]]*\.cc:\d+\] ", "", text).split(". This is typically")[0]
+    def _translated(self, error: str) -> PeerLost:
+        text = re.sub(r"^\[[^\]]*\.cc:\d+\] ", "", error.partition("\n")[0]).split(". This is typically")[0]
         return PeerLost(f"quorum {self.membership.quorum_id}: {text}", self._peer_in(text))
 
     def _peer_in(self, text: str) -> int | None:

@@ -23,7 +23,7 @@ WAIT_SLICE = timedelta(milliseconds=20)
 class Issuer(Protocol):
     """What an operation asks of its group."""
 
-    def lost_by(self, error: RuntimeError) -> BaseException: ...
+    def lost_by(self, error: str) -> BaseException: ...
 
     def failure(self) -> BaseException: ...
 
@@ -66,30 +66,29 @@ class GlooWork:
 
     def _has_ended(self, work: torch_private.TorchWork, timeout: timedelta) -> bool:
         """False when it has not in time: then its thread still has the tensor, and nothing is decided."""
-        try:
-            work.wait(timeout)
-        except RuntimeError:
-            if not work.is_completed():
-                if not self._group.is_stuck():
-                    return False
+        if _error_of(work, timeout) is not None:
+            if work.is_completed():
+                # What the wait raised may have been that it ran out of time just before the end.
+                error = _error_of(work, WAIT_SLICE)
+                if error is not None:
+                    self._error = self._group.lost_by(error)
+            elif self._group.is_stuck():
                 self._error = self._group.failure()
                 self._group.park(work)
             else:
-                error = _error_of(work)
-                if error is not None:
-                    self._error = self._group.lost_by(error)
+                return False
         # torch's Work holds on to the tensor, and to the group's sockets.
         self._work = None
         self._group.forget(self)
         return True
 
 
-def _error_of(work: torch_private.TorchWork) -> RuntimeError | None:
-    """An ended operation's own error; what a wait raised may be that it ran out of time just before the end."""
+def _error_of(work: torch_private.TorchWork, timeout: timedelta) -> str | None:
+    """What waiting raises, as text: an exception would keep its frames, and they the Work, until garbage collection."""
     try:
-        work.wait()
-    except RuntimeError as own:
-        return own
+        work.wait(timeout)
+    except RuntimeError as error:
+        return str(error)
     return None
 
 

@@ -8,11 +8,15 @@ would hold back the FIN by which a peer learns that this process died.
 import contextlib
 import os
 import socket
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from typing import TypeVar
 
 Address = tuple[str, int]  # numeric host, port
+_Opened = TypeVar("_Opened")
 
+ATTEMPTS_MAX = 20
 _TCP_FAMILIES = (socket.AF_INET, socket.AF_INET6)
 
 
@@ -93,6 +97,24 @@ def sever(sockets: Iterable[OpenSocket]) -> list[socket.socket]:
     return severed
 
 
+def open_recognised(open_it: Callable[[], _Opened], matches: Callable[[Ends], bool]) -> tuple[_Opened, OpenSocket]:
+    """What `open_it` opens without saying which socket, and that socket: new, and matching.
+
+    So may be what another thread opens at that instant; when more than one is new, nobody can tell whose they are:
+    open once more. Raises OSError when that happens ATTEMPTS_MAX times in a row.
+    """
+    for _ in range(ATTEMPTS_MAX):
+        with _turn:
+            before = open_sockets()
+            opened = open_it()
+            found = find_sockets(matches, among=open_sockets() - before)
+        if len(found) == 1:
+            close_on_exec(found)
+            return opened, found[0]
+        del opened
+    raise OSError(f"could not tell our own new socket from others, {ATTEMPTS_MAX} times in a row")
+
+
 def close_on_exec(sockets: Iterable[OpenSocket]) -> None:
     """Keep them from programs that this process starts; torch and Gloo leave them inheritable."""
     for opened in sockets:
@@ -161,3 +183,16 @@ def _duplicate(opened: OpenSocket) -> socket.socket | None:
 def _numeric(name: tuple[str, int] | tuple[str, int, int, int]) -> Address:
     # An IPv4 peer of a socket that serves both families is written as IPv6; the rest of us says IPv4.
     return name[0].removeprefix("::ffff:"), name[1]
+
+
+# One opening at a time, so that our own threads never confuse each other.
+_turn = threading.Lock()
+
+
+def _renew_turn() -> None:
+    """In a forked child, where the thread that may have held it is not."""
+    global _turn
+    _turn = threading.Lock()
+
+
+os.register_at_fork(after_in_child=_renew_turn)

@@ -5,15 +5,16 @@
 - `AllreduceOptions` and the backend's `allreduce([tensor], options)`: the public `all_reduce` wants a registered group
   and costs several times as much per call.
 - `ProcessGroupGloo._allgather_base`: gathers into one tensor, without a list of outputs.
-- `torch._C._distributed_c10d`: where the type checker finds `TCPStore`, `PrefixStore` and `Store`, which are public but
-  re-exported without saying so.
-- `Tensor._version`: counts changes in place; the only way to see that a script changed a gradient by hand.
+- `Store`, subclassed: Gloo asks it for where the other ranks listen. torch's own TCPStore looks names up in the DNS
+  (see store.py); ours answers from a meeting of the members.
 - `Variable._execution_engine.queue_callback`: the only way to run code when `backward()` has computed everything but
   has not returned; torch's own FSDP uses it.
 """
 
 import ctypes
+import importlib
 from collections.abc import Callable
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import Protocol, cast
 
@@ -21,15 +22,13 @@ import torch
 import torch.distributed
 from torch import Tensor
 from torch._C import _distributed_c10d as _c10d
-from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
+from torch._C._distributed_c10d import Store
 
 from everstep.collectives.process_group import ReduceOp
 
 __all__ = [
     "GlooDevice",
-    "PrefixStore",
-    "Store",
-    "TCPStore",
+    "Place",
     "TorchGloo",
     "TorchWork",
     "allreduce_options",
@@ -37,6 +36,7 @@ __all__ = [
     "free_at_last",
     "gather_into",
     "gloo_device",
+    "import_dynamo",
     "keep_beyond_exit",
     "queue_backward_callback",
     "version_of",
@@ -69,22 +69,58 @@ class TorchGloo(Protocol):
     def _allgather_base(self, output: Tensor, source: Tensor) -> TorchWork: ...
 
 
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """This rank's place in a Gloo group, its operations' timeout, and how many threads run them."""
+
+    rank: int
+    size: int
+    timeout_s: float
+    threads: int
+
+
 def gloo_device(host: str) -> GlooDevice:
     """Listens on `host`, any free port. Not lazy, whatever TORCH_GLOO_LAZY_INIT says: see `connect_gloo`."""
     return cast(GlooDevice, torch.distributed.ProcessGroupGloo.create_device(hostname=host, lazy_init=False))
 
 
-def connect_gloo(store: Store, rank: int, size: int, device: GlooDevice, timeout_s: float, threads: int) -> TorchGloo:
+class _MeetingStore(Store):
+    """Gloo sets `.../<its rank>` once and gets every rank's; the first get is the meeting."""
+
+    def __init__(self, meet: Callable[[bytes], list[bytes]]) -> None:
+        super().__init__()
+        self._meet = meet
+        self._mine = b""
+        self._all: list[bytes] = []
+
+    # The stub says that values are str; Gloo's are bytes.
+    def set(self, key: str, value: bytes) -> None:  # type: ignore[override]  # noqa: ARG002
+        self._mine = bytes(value)
+
+    def get(self, key: str) -> bytes:
+        self.wait([key])
+        return self._all[int(key.rpartition("/")[2])]
+
+    def wait(self, keys: list[str], timeout: timedelta | None = None) -> None:  # noqa: ARG002 - of the meeting
+        if not self._all:
+            self._all = self._meet(self._mine)
+
+    def has_extended_api(self) -> bool:
+        return False
+
+
+def connect_gloo(place: Place, device: GlooDevice, meet: Callable[[bytes], list[bytes]]) -> TorchGloo:
     """Connect to every other rank now, and return the group; blocks without the GIL, raises RuntimeError.
 
+    `meet` takes what Gloo says of this rank and returns what it said of each; what it raises comes out of here.
     A lazy device would connect inside the first operation, where its sockets could not be noted beforehand.
     """
     gloo = torch.distributed.ProcessGroupGloo
     options = gloo._Options()  # type: ignore[attr-defined]  # the stub calls it Options
     options._devices = [device]
-    options._timeout = timedelta(seconds=timeout_s)
-    options._threads = threads
-    return cast(TorchGloo, gloo(store, rank, size, options))
+    options._timeout = timedelta(seconds=place.timeout_s)
+    options._threads = place.threads
+    return cast(TorchGloo, gloo(_MeetingStore(meet), place.rank, place.size, options))
 
 
 def gather_into(group: TorchGloo, output: Tensor, tensor: Tensor) -> TorchWork:
@@ -116,6 +152,11 @@ def queue_backward_callback(callback: Callable[[], None]) -> None:
     out of `backward()`.
     """
     torch.autograd.Variable._execution_engine.queue_callback(callback)
+
+
+def import_dynamo() -> None:
+    """What the first step of any torch optimizer would import."""
+    importlib.import_module("torch._dynamo")
 
 
 def version_of(tensor: Tensor) -> int:
