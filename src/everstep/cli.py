@@ -1,5 +1,6 @@
 """The `everstep` command. Each command imports what it runs only when it runs, so that `--help` answers at once."""
 
+import os
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -82,6 +83,35 @@ def lighthouse(
         typer.echo(f"everstep lighthouse listening on {ready.address}")
 
     serve(settings, announce)
+
+
+@app.command()
+def demo(
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as one last JSON line.")] = False,
+    seed: Annotated[int | None, typer.Option(help="Of the instant of the kill; random by default.")] = None,
+) -> None:
+    """Train a small GPT in 3 replica groups here, kill one, and see it come back."""
+    import dataclasses
+    import json
+    import random
+
+    from rich.console import Console
+
+    from everstep.demo.display import Display
+    from everstep.demo.run import Demo, DemoFailed, describe
+
+    console = Console(stderr=as_json)
+    try:
+        with Display(console) as display:
+            summary = Demo(display, os.environ, random.Random(seed)).run()
+    except DemoFailed as error:
+        typer.echo(f"everstep: {error}", err=True)
+        raise typer.Exit(1) from error
+    console.print(describe(summary), highlight=False)
+    if as_json:
+        typer.echo(json.dumps(dataclasses.asdict(summary)))
+    if not summary.replicas_identical:
+        raise typer.Exit(1)
 
 
 if __name__ == "__main__":

@@ -28,6 +28,7 @@ MAY_IMPORT: dict[str, frozenset[str] | None] = {
     "collectives": SHELLS_ALL | {"collectives", "core"},
     "recovery": SHELLS_ALL | {"recovery", "core"},
     "train": SHELLS_ALL | {"train", "collectives", "recovery", "monitor", "link", "core", "config"},
+    "demo": None,
     "integrations": SHELLS_ALL | {"integrations", "train", "link", "core", "config"},
     "cli": None,
     "__init__": None,
@@ -36,7 +37,7 @@ MAY_IMPORT: dict[str, frozenset[str] | None] = {
 # Not part of the layering: reading the version needs no arrow.
 ALWAYS_IMPORTABLE = f"{PACKAGE}.__version__"
 
-TORCH_UNITS = frozenset({"collectives", "recovery", "train", "integrations"})
+TORCH_UNITS = frozenset({"collectives", "recovery", "train", "integrations", "demo"})
 TORCH_FILES = frozenset({f"src/{PACKAGE}/launcher/template.py"})
 TORCH_PRIVATE_FILE = f"src/{PACKAGE}/collectives/torch_private.py"
 ENVIRONMENT_FILES = frozenset({f"src/{PACKAGE}/config.py", f"src/{PACKAGE}/cli.py"})

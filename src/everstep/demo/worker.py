@@ -87,7 +87,7 @@ def main() -> None:
             for tokens, targets in sampler.batches(loader):
                 optimizer.zero_grad()
                 loss = F.cross_entropy(model(tokens).flatten(0, 1), targets.flatten())
-                loss.backward()
+                loss.backward()  # type: ignore[no-untyped-call]
                 result = optimizer.step()
                 report(
                     "step",

@@ -222,7 +222,7 @@ class _Connection:
         challenge = Challenge(server_nonce=self._nonce, client_nonce=client_nonce, number=self._requests, target=target)
         if self._auth is None:
             return challenge
-        if not client_nonce or not self._auth.verify(mac, challenge.request_mac(self._auth)):
+        if not client_nonce or not secrets.compare_digest(mac, challenge.request_mac(self._auth)):
             return None
         return challenge
 
