@@ -110,19 +110,22 @@ def judge(token: bytes | None, asked: Challenge, answer: Answer) -> Accepted | R
 
 
 def answer(asked: Challenge, credentials: Credentials) -> Answer:
-    """The client's Answer. It is sent even when `expect` will refuse the server, so that the server can say why too."""
+    """The client's Answer; raises LighthouseRefused for a server that it must not talk to.
+
+    A server of another version gets an Answer all the same, so that it can log why the client goes away: see `expect`.
+    """
+    if credentials.token is not None and not asked.wants_token:
+        raise LighthouseRefused(RefusalCode.BAD_TOKEN, _SERVER_HAS_NO_TOKEN)
     draft = Answer(credentials.version, new_nonce(), credentials.job_id, credentials.role)
-    if credentials.token is None or not asked.wants_token:
+    if credentials.token is None:
         return draft
     return msgspec.structs.replace(draft, mac=sign(credentials.token, *_signed(_CLIENT, asked, draft)))
 
 
 def expect(asked: Challenge, credentials: Credentials) -> None:
-    """Refuse a server that this client must not talk to; raises LighthouseRefused."""
+    """Once the Answer is sent: go no further with a server of another version; raises LighthouseRefused."""
     if asked.version != credentials.version:
         raise LighthouseRefused(RefusalCode.BAD_VERSION, _versions(asked.version, credentials.version))
-    if credentials.token is not None and not asked.wants_token:
-        raise LighthouseRefused(RefusalCode.BAD_TOKEN, _SERVER_HAS_NO_TOKEN)
 
 
 def confirm(verdict: Accepted | Refused, asked: Challenge, mine: Answer, credentials: Credentials) -> None:

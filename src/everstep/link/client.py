@@ -28,6 +28,7 @@ from everstep.link.sockets import tune
 RETRY_FIRST_S = 0.02
 RETRY_MAX_S = 2.0
 STABLE_S = 1.0  # a link that lived so long makes the next retry a quick one again
+LAST_ATTEMPT_S = 0.2  # the least time an attempt gets; the first connection may fail so much after its timeout
 QUEUE_MESSAGES_MAX = 1024
 
 log = logging.getLogger("everstep.link")
@@ -178,7 +179,7 @@ class LinkClient:
             while not self._stop.is_set():
                 began_at = time.monotonic()
                 try:
-                    await self._connect_once(session)
+                    await self._connect_once(session, None if self._was_open else give_up_at)
                 except LighthouseRefused as error:
                     if not self._was_open and error.code is not RefusalCode.BUSY:
                         raise
@@ -190,14 +191,18 @@ class LinkClient:
                     raise LighthouseUnreachable(self._unreachable())
                 if now - began_at > STABLE_S and self._was_open:
                     delay = RETRY_FIRST_S
-                await self._pause(delay * random.uniform(0.5, 1.0))
+                pause = delay * random.uniform(0.5, 1.0)
+                await self._pause(pause if self._was_open else min(pause, give_up_at - now))
                 delay = min(delay * 2, RETRY_MAX_S)
 
-    async def _connect_once(self, session: aiohttp.ClientSession) -> None:
+    async def _connect_once(self, session: aiohttp.ClientSession, give_up_at: float | None) -> None:
         """One link from its connection to its end."""
+        limit = CONNECT_S + auth.HANDSHAKE_S
+        if give_up_at is not None:
+            limit = min(limit, max(LAST_ATTEMPT_S, give_up_at - time.monotonic()))
         opening = asyncio.create_task(dial(session, self._target))
         stop = asyncio.create_task(self._stop.wait())
-        await asyncio.wait({opening, stop}, timeout=CONNECT_S + auth.HANDSHAKE_S, return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait({opening, stop}, timeout=limit, return_when=asyncio.FIRST_COMPLETED)
         stop.cancel()
         if not opening.done():
             opening.cancel()

@@ -2,6 +2,7 @@
 
 import asyncio
 import dataclasses
+import os
 import ssl
 from pathlib import Path
 
@@ -88,7 +89,7 @@ def why(error: BaseException | None) -> str:
             return f"its certificate is not trusted: {cause}"
         case asyncio.TimeoutError():
             return "no answer in time"
-        case OSError(strerror=str(reason)) if reason:
-            return reason
+        case OSError(errno=int(number)) if number > 0:
+            return os.strerror(number).lower()
         case _:
             return str(error) or type(error).__name__

@@ -46,9 +46,10 @@ class LinkListener(Protocol):
 class LinkServer:
     """`handle` is the aiohttp handler of the link's path. Link numbers are never used twice."""
 
-    def __init__(self, listener: LinkListener, token: bytes | None) -> None:
+    def __init__(self, listener: LinkListener, token: bytes | None, *, handshake_s: float = auth.HANDSHAKE_S) -> None:
         self._listener = listener
         self._token = token
+        self._handshake_s = handshake_s
         self._links: dict[int, _Link] = {}
         self._connections: dict[_Link, None] = {}  # also those that are not authenticated yet, or closing
         self._numbers = itertools.count(1)
@@ -119,9 +120,9 @@ class LinkServer:
     async def _authenticate(self, link: "_Link", websocket: web.WebSocketResponse) -> auth.Answer | Refused | None:
         """The client's Answer once it is accepted; None when it went away."""
         try:
-            return await asyncio.wait_for(self._shake_hands(link, websocket), auth.HANDSHAKE_S)
+            return await asyncio.wait_for(self._shake_hands(link, websocket), self._handshake_s)
         except asyncio.TimeoutError:
-            return Refused(RefusalCode.BUSY, f"not authenticated within {auth.HANDSHAKE_S:g} s")
+            return Refused(RefusalCode.BUSY, f"not authenticated within {self._handshake_s:g} s")
         except RemoteProtocolError as error:
             return Refused(RefusalCode.BAD_VERSION, f"{error}: is this a client of the same release of everstep?")
 
