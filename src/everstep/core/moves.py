@@ -111,10 +111,10 @@ class StateRecovered:
 
 @dataclasses.dataclass(frozen=True)
 class GradientsReduced:
-    """All reductions of the step completed in this quorum; `samples` digests what the `contributors` put in."""
+    """All reductions of the step completed in this quorum; `samples` digests who the contributors are and what they put in."""
 
     quorum_id: QuorumId
-    contributors: tuple[MemberId, ...]
+    contributors: int
     samples: bytes = b""
 
 

@@ -82,8 +82,8 @@ class Replica(ReplicaState):
                 self._is_up, self._beat_at = False, None
                 return []
             case ReadyToJoin():
-                self._is_ready = True
-                return self._link_up() if self._is_up else []
+                was_ready, self._is_ready = self._is_ready, True
+                return self._link_up() if self._is_up and not was_ready else []
             case BarrierEnded():
                 return self._barrier_ended(event)
             case StateRecovered(quorum_id):
@@ -176,6 +176,8 @@ class Replica(ReplicaState):
     def _welcome(self, message: Welcome, now: float) -> list[Effect]:
         if self.lineage is not None and self.lighthouse not in ("", message.lighthouse):
             raise LocalProtocolError(f"admitted by lighthouse {message.lighthouse}, a stranger to {self.lighthouse}")
+        if self.member.incarnation > 0 and message.lighthouse == self.lighthouse and message.member != self.member:
+            return []  # it answers a Hello from before an eviction; the one sent since is answered next
         self.lighthouse = message.lighthouse
         self.member = message.member
         self.min_replicas = max(self.config.min_replicas, message.min_replicas)
@@ -248,6 +250,9 @@ class Replica(ReplicaState):
             return []
         if self.quorum is not None and new.id <= self.quorum.id:
             return []
+        if self._left_quorum is not None and new.id <= self._left_quorum:
+            # Its collectives there are severed, and the others may be past the barrier: only a round helps.
+            return self._send(Failed(new.id, None, "it had left this group while its link was down"))
         out: list[Effect] = self._leave_group()
         if switch.founding is not None and switch.founder in (None, self.member):
             self.lineage, self.attempt = switch.founding, 0
@@ -268,7 +273,7 @@ class Replica(ReplicaState):
             return out
         out += self._leave_group()
         self.member = MemberId(self.config.replica_id, message.incarnation)
-        self.lineage, self.last_entry, self.attempt = None, None, 0
+        self.lineage, self.attempt = None, 0
         self.tag, self.vote, self.phase = None, None, Phase.RUNNING
         self.is_frozen = False
         self.evictions += 1

@@ -27,7 +27,6 @@ class ReplicaState:
         self.member = MemberId(config.replica_id, 0)
         self.lighthouse = ""
         self.lineage: Lineage | None = None
-        self.last_entry: LineageEntry | None = None
         self.quorum: Quorum | None = None
         self.is_settled = False
         self.is_frozen = False
@@ -45,6 +44,7 @@ class ReplicaState:
         self.waiting_for = "the lighthouse"
         self._proposals: dict[QuorumId, Quorum] = {}
         self._lists: dict[QuorumId, Quorum] = {}
+        self._left_quorum: QuorumId | None = None  # the newest that it severed while it had no state
         self._is_up = False
         self._is_ready = False  # to join: no Hello before
         self._wants_to_leave = False
@@ -117,7 +117,10 @@ class ReplicaState:
     # ---- entering and leaving quorums
 
     def _leave_group(self) -> list[Effect]:
-        out: list[Effect] = [Sever(self.quorum.id)] if self.quorum is not None else []
+        out: list[Effect] = []
+        if self.quorum is not None:
+            self._left_quorum = self.quorum.id
+            out.append(Sever(self.quorum.id))
         self.quorum, self.plan, self._doubt_at = None, None, None
         self.is_settled = False
         self._proposals.clear()
@@ -154,7 +157,6 @@ class ReplicaState:
         if self.tag is None or self.lineage is None:
             raise LocalProtocolError(f"nothing to commit: {self.report()}")
         self.lineage = self.lineage.extended(self.tag)
-        self.last_entry = self.tag
         self._begin_attempt(0, now)
 
     def _abort(self, next_attempt: int, now: float) -> None:

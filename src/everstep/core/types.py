@@ -109,8 +109,8 @@ class LineageEntry(msgspec.Struct, frozen=True, array_like=True):
     step: int
     attempt: int
     quorum_id: QuorumId
-    contributors: tuple[MemberId, ...]
-    samples: bytes = b""  # digest of the contributors' sample ids
+    contributors: int  # how many members of the quorum put gradients in
+    samples: bytes = b""  # digest of who they are and of their sample ids (a list would be long in every Ready)
 
 
 class Lineage(msgspec.Struct, frozen=True, array_like=True):

@@ -37,7 +37,8 @@ class Process:
     def __init__(self, world: "World", name: str, config: ReplicaConfig, initial: Weights) -> None:
         self._world = world
         self.name = name
-        self.replica = Replica(config)
+        self.replica_id = config.replica_id
+        self.replica: Replica = world.replica_type(config)
         self.is_alive = True
         self.weights = initial
         self._link: int | None = None
@@ -53,8 +54,18 @@ class Process:
         self.frozen_until = 0.0  # stopped: neither thread runs
         self.steps_aborted = 0
         self._is_leaving = False
+        self._is_ready = False
 
     # ---- link
+
+    def start(self) -> None:
+        self.connect()
+
+        def ready() -> None:
+            self._is_ready = True
+            self.feed(ReadyToJoin())
+
+        self._world.after_delay("startup", ready)
 
     def connect(self) -> None:
         lighthouse = self._world.lighthouse
@@ -68,25 +79,25 @@ class Process:
         link = self._link
         lighthouse.opened(link, self)
         self.feed(LinkUp())
-        self.feed(ReadyToJoin())
 
-    def link_lost(self, detail: str, reconnect_after: float | None = None) -> None:
-        """Both directions drop what is under way; the lighthouse notices a little later."""
+    def link_lost(self, detail: str, reconnect_after: float | None = None, is_noticed: bool = True) -> None:
+        """Both directions drop what is under way; the lighthouse notices a little later, or never."""
         link, self._link = self._link, None
         if link is None:
             return
         assert self._up is not None
         assert self._down is not None
         self._up.is_open = self._down.is_open = False
-        self._world.after_delay("notice_of_death", lambda: self._world.lighthouse.closed(link, detail))
+        if is_noticed:
+            self._world.after_delay("notice_of_death", lambda: self._world.lighthouse.closed(link, detail))
         if self.is_alive:
             self.feed(LinkDown())
             delay = reconnect_after if reconnect_after is not None else self._world.rng.uniform(0.005, 0.1)
             self._world.after(delay, self.connect)
 
-    def stall_link(self, seconds: float) -> None:
-        for channel in (self._up, self._down):
-            if channel is not None:
+    def stall_link(self, seconds: float, *, up: bool = True, down: bool = True) -> None:
+        for channel, is_stalled in ((self._up, up), (self._down, down)):
+            if channel is not None and is_stalled:
                 channel.stalled_until = self._world.now + seconds
 
     def from_lighthouse(self, link: int, message: ToMember) -> None:
@@ -103,8 +114,18 @@ class Process:
     # ---- both threads
 
     def feed(self, event: "ToMember | ReplicaEvent") -> None:
+        """From the link thread: the training thread sees the outcome a little later."""
         if self.is_alive:
             self._perform(self.replica.receive(event, self._world.now))
+            self._world.after_delay("wake", self._advance)
+            self._world.faults.reached(type(event).__name__, self)
+
+    def _report(self, event: "ReplicaEvent") -> None:
+        """From the training thread, which goes on at once."""
+        if self.is_alive:
+            self._perform(self.replica.receive(event, self._world.now))
+            self._world.faults.reached(type(event).__name__, self)
+            self._advance()
 
     def _perform(self, effects: list[Effect]) -> None:
         self._world.checkers.observe(self.name, self.replica)
@@ -122,7 +143,6 @@ class Process:
                 case _:
                     raise Violation(f"a member's machine returned {effect}")
         self._arm()
-        self._advance()
 
     def _arm(self) -> None:
         deadline = self.replica.next_deadline()
@@ -145,13 +165,13 @@ class Process:
 
         self._world.at(max(deadline, self._world.now), tick)
 
-    def kill(self) -> None:
+    def kill(self, *, is_noticed: bool = True) -> None:
         if not self.is_alive:
             return
         self.is_alive = False
         self._busy = None
         self._world.leave_quorums(self.name, None)
-        self.link_lost("killed")
+        self.link_lost("killed", is_noticed=is_noticed)
 
     def stop(self, seconds: float) -> None:
         self.frozen_until = max(self.frozen_until, self._world.now + seconds)
@@ -159,11 +179,11 @@ class Process:
     def drain(self) -> None:
         self.feed(AskToLeave())
 
-    def report_spurious_error(self) -> None:
+    def report_spurious_error(self, peer: int | None) -> None:
         quorum = self.replica.quorum
         if quorum is not None:
             self._busy = None
-            self.feed(CollectiveFailed(quorum.id, None, "spurious"))
+            self.feed(CollectiveFailed(quorum.id, peer, "spurious"))
 
     # ---- the training thread
 
@@ -184,10 +204,13 @@ class Process:
         move = self.replica.next_move()
         match move:
             case Build(quorum, claim):
+                self._world.faults.reached("Build", self)
                 self._issue(quorum, "barrier", claim, lambda values: self._built(quorum, values))
             case Recover(quorum, source, lineage):
+                self._world.faults.reached("Recover", self)
                 self._recover(quorum, source, lineage)
             case Reduce(quorum):
+                self._world.faults.reached("Reduce", self)
                 self._reduce(quorum)
             case Vote(quorum, must_be_no):
                 self._vote(quorum, must_be_no)
@@ -207,6 +230,7 @@ class Process:
             self._new_batch()
             self._applied_step = -1
         if replica.lineage is None:
+            self._applied_step = -1
             return
         if self._applied_step < 0:
             self._applied_step = replica.step
@@ -249,16 +273,19 @@ class Process:
         self._busy = token
 
         def done(values: Sequence[object] | None) -> None:
-            if not self.is_alive or self._busy is not token:
+            if not self.is_alive:
                 return
             if self._world.now < self.frozen_until:
                 self._world.at(self.frozen_until, lambda: done(values))
                 return
-            self._busy = None
-            if values is None:
-                self.feed(CollectiveFailed(quorum.id, None, kind))
-            else:
-                then(values)
+            if self._busy is token:
+                self._busy = None
+                if values is None:
+                    self._report(CollectiveFailed(quorum.id, None, kind))
+                else:
+                    then(values)
+            elif values is not None:
+                then(values)  # it raced with a freeze, or an error of another path: the machine must ignore it
 
         self._world.joined(self.name, quorum.id, self.replica.member)
         members = (quorum.id, quorum.member_ids)
@@ -268,23 +295,23 @@ class Process:
 
     def _built(self, quorum: Quorum, values: Sequence[object]) -> None:
         claims = tuple(v for v in values if isinstance(v, Claim))
-        self.feed(BarrierEnded(quorum.id, claims))
+        self._report(BarrierEnded(quorum.id, claims))
 
     def _recover(self, quorum: Quorum, source: int, lineage: Lineage) -> None:
         member = quorum.members[source].id
 
         def fetched() -> None:
             donor = self._world.process_of(member)
-            if donor is None or not donor.is_alive or donor.weights.step != lineage.step:
-                self.feed(CollectiveFailed(quorum.id, source, "its source is gone"))
+            if donor is None or not donor.is_alive or donor.replica.lineage != lineage:
+                self._report(CollectiveFailed(quorum.id, source, "its source is gone, or went on"))
                 return
-            if donor.replica.lineage != lineage:
-                self.feed(CollectiveFailed(quorum.id, source, "its source went on"))
+            if donor.weights.step != lineage.step:  # its optimizer has not run yet
+                self._wait_for(("transfer",), self._world.draw("message"), fetched)
                 return
             self.weights = donor.weights
             self._applied_step = lineage.step
             self._world.checkers.recovered(self.name, lineage, self.weights)
-            self.feed(StateRecovered(quorum.id))
+            self._report(StateRecovered(quorum.id))
 
         self._wait_for(("transfer",), self._world.draw("transfer"), fetched)
 
@@ -306,18 +333,22 @@ class Process:
         if len({part[:2] for part in parts}) > 1:
             raise Violation(f"I2 quorum {quorum.id} reduces different steps: {[part[:2] for part in parts]}")
         gradient = tuple(part[2] for part in parts)
-        live = not self.replica.is_frozen and self.replica.quorum is not None and self.replica.quorum.id == quorum.id
-        if live:
+        before = self.replica.tag
+        event = GradientsReduced(quorum.id, len(quorum.members), repr(gradient).encode())
+        effects = self.replica.receive(event, self._world.now)
+        if self.replica.tag is not before:
             self._gradient = gradient
-        samples = repr(gradient).encode()
-        self.feed(GradientsReduced(quorum.id, quorum.member_ids, samples))
+        self._perform(effects)
+        self._world.faults.reached("GradientsReduced", self)
+        self._advance()
 
     def _vote(self, quorum: Quorum, must_be_no: bool) -> None:
-        is_ok = not must_be_no and not self._world.wants_veto()
+        is_ok = not must_be_no and not self._world.faults.wants_veto()
         cast = self.replica.cast_vote(is_ok, self._world.now)
         if cast is None:
             return
         value = (self.replica.lineage, self.replica.attempt, cast.is_ok, cast.proposal)
+        self._world.faults.reached("VoteCast", self)
         self._issue(quorum, "vote", value, lambda values: self._voted(quorum, values))
 
     def _voted(self, quorum: Quorum, values: Sequence[object]) -> None:
@@ -326,4 +357,4 @@ class Process:
             raise Violation(f"I2 quorum {quorum.id} votes on different steps")
         proposals: list[QuorumId] = [vote[3] for vote in votes]
         is_ok = all(vote[2] for vote in votes)
-        self.feed(VoteEnded(quorum.id, is_ok, min(proposals), max(proposals)))
+        self._report(VoteEnded(quorum.id, is_ok, min(proposals), max(proposals)))

@@ -11,6 +11,7 @@ import torch
 from everstep.collectives.process_group import ReconfigurableProcessGroup, ReduceOp, Work
 from everstep.collectives.torch_private import version_of
 from everstep.core.types import Quorum
+from everstep.train.header import ROW_NUMBERS, StepHeader
 
 FIRST_BUCKET_BYTES = 1 << 20  # small, so that the first reduction starts early
 BUCKET_BYTES = 25 << 20
@@ -25,22 +26,36 @@ class Bucket:
     """
 
     def __init__(self, parameters: Sequence[torch.nn.Parameter]) -> None:
-        first = parameters[0]
         self.parameters = list(parameters)
-        numel = sum(parameter.numel() for parameter in parameters)
-        self._flat = torch.zeros(numel + len(parameters), dtype=first.dtype, device=first.device)
-        self._views: list[torch.Tensor] = []
-        offset = 0
-        for parameter in parameters:
-            self._views.append(self._flat[offset : offset + parameter.numel()].view(parameter.shape))
-            offset += parameter.numel()
-        self._used = self._flat[offset:]
+        self._header: StepHeader | None = None
+        self._lay_out(header_numbers=0)
         self._inputs: list[torch.Tensor | None] = [None] * len(parameters)
         self._missing = len(parameters)
         self._version = -1
         self._is_in_place = False  # the parameters' gradients are this step's average
         self.is_chained = False  # an input holds an average of this very step: it cannot be reduced again
         self.was_changed = False  # the script changed an average that then had to be reduced again
+
+    def _lay_out(self, header_numbers: int) -> None:
+        """Allocate the buffer: gradients, use counts, room for the step header."""
+        first = self.parameters[0]
+        numel = sum(parameter.numel() for parameter in self.parameters)
+        counts = len(self.parameters)
+        self._flat = torch.zeros(numel + counts + header_numbers, dtype=first.dtype, device=first.device)
+        self._views: list[torch.Tensor] = []
+        offset = 0
+        for parameter in self.parameters:
+            self._views.append(self._flat[offset : offset + parameter.numel()].view(parameter.shape))
+            offset += parameter.numel()
+        self._used = self._flat[offset : offset + counts]
+        self._room = self._flat[offset + counts :]
+
+    def carry(self, header: StepHeader) -> bool:
+        """Let the step header ride along; smaller floats cannot hold its numbers."""
+        if self._flat.dtype not in (torch.float32, torch.float64):
+            return False
+        self._header = header
+        return True
 
     @property
     def is_ready(self) -> bool:
@@ -74,8 +89,13 @@ class Bucket:
     def issue(self, group: ReconfigurableProcessGroup, quorum: Quorum) -> Work:
         if self._is_in_place and self.is_changed_by_hand():
             self.was_changed = True
+        numbers = len(quorum.members) * ROW_NUMBERS if self._header is not None else 0
+        if self._room.numel() != numbers:
+            self._lay_out(numbers)
         share = 1.0 / len(quorum.members)
         with torch.no_grad():
+            if self._header is not None:
+                self._header.write(self._room, quorum, group.rank)
             for index, gradient in enumerate(self._inputs):
                 if gradient is None:
                     self._views[index].zero_()
@@ -88,6 +108,8 @@ class Bucket:
         return group.allreduce(self._flat, ReduceOp.SUM)
 
     def finish(self) -> None:
+        if self._header is not None:
+            self._header.read(self._room)
         is_used = [True] * len(self.parameters)
         if any(gradient is None for gradient in self._inputs):
             is_used = [count > 0 for count in self._used.tolist()]
@@ -114,6 +136,7 @@ class Bucket:
         """The step is decided: let go of the kept gradients."""
         self._inputs = [None] * len(self.parameters)
         self._missing = len(self.parameters)
+        self._header = None
         self._is_in_place = self.is_chained = self.was_changed = False
 
 

@@ -144,11 +144,11 @@ class DistributedSampler(torch.utils.data.Sampler[list[int]]):
         return ""
 
     def step_decided(self, decision: Decision) -> None:
-        if decision.committed and decision.entry is not None:
-            drawing = [c for c in decision.contributions if c.slots]
+        if decision.committed:
+            drawing = [c for c in decision.contributions.values() if c.slots]
             numbers = [draw * c.slots + c.slot for c in drawing for draw in range(c.draws)]
             self._stream.commit(numbers, self._batch_size)
-            self._contributors = [str(member) for member in decision.entry.contributors]
+            self._contributors = [str(member) for member in decision.contributions]
         self._used.clear()
         if self._ahead and not self._is_current(self._ahead[self._stale] if self._stale < len(self._ahead) else None):
             self._forget_ahead()

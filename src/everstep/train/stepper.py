@@ -32,9 +32,9 @@ from everstep.core.moves import (
     Wait,
 )
 from everstep.core.recovery_plan import Claim
-from everstep.core.types import LineageEntry, Phase, Quorum, QuorumId
+from everstep.core.types import MemberId, Phase, Quorum, QuorumId
 from everstep.errors import PeerLost, RecoveryFailed, StepInterrupted
-from everstep.train.header import Contribution, StepHeader
+from everstep.train.header import Contribution, HeaderCarrier, StepHeader
 from everstep.train.presence import Presence
 from everstep.train.recovering import Recovery
 
@@ -59,14 +59,16 @@ class Batch:
 
 @dataclasses.dataclass(frozen=True)
 class Decision:
-    """How a step ended. `entry` is set when it committed."""
+    """How a step ended; when it committed, who contributed what, in rank order."""
 
     committed: bool
     step: int
     why: str
-    entry: LineageEntry | None = None
-    contributions: tuple[Contribution, ...] = ()
-    participants: int = 0
+    contributions: dict[MemberId, Contribution] = dataclasses.field(default_factory=dict)
+
+    @property
+    def participants(self) -> int:
+        return len(self.contributions)
 
 
 class Stepper:
@@ -117,7 +119,8 @@ class Stepper:
         self.begin()
         if self._header is None:
             self._header = StepHeader(self._contribution())
-            self._journal.append(self._header)
+            if not (isinstance(reduction, HeaderCarrier) and reduction.carry(self._header)):
+                self._journal.append(self._header)
         self._journal.append(reduction)
         self._is_prepared = False
         with self._presence.changed:
@@ -247,7 +250,7 @@ class Stepper:
             return
         assert self._header is not None
         self._is_prepared = False
-        contributors = tuple(self._header.contributions)
+        contributors = len(self._header.contributions)
         self._presence.feed(GradientsReduced(quorum.id, contributors, self._header.digest(len(journal))))
 
     def _vote(self, quorum: Quorum, must_be_no: bool) -> None:
@@ -294,16 +297,15 @@ class Stepper:
         with self._presence.changed:
             replica = self._presence.replica
             is_committed = replica.evictions == batch.evictions and replica.step == batch.step + 1
-            entry = replica.last_entry if is_committed else None
             step = replica.step
             is_evicted = replica.evictions != batch.evictions
-        contributions = tuple(header.contributions.values()) if header is not None and is_committed else ()
+        contributions = header.contributions if header is not None and is_committed else {}
         why = "" if is_committed else self._why_not(is_evicted)
         self._journal.clear()
         self._header, self._batch, self._objection, self._is_prepared = None, None, "", False
         if is_committed:
             self._recovery.withdraw()
-        return Decision(is_committed, step, why, entry, contributions, len(contributions))
+        return Decision(is_committed, step, why, contributions)
 
     def _why_not(self, is_evicted: bool) -> str:
         if is_evicted:
