@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import queue
+import secrets
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -12,11 +13,14 @@ from typing import Any
 import aiohttp
 from aiohttp import web
 
-from everstep.core.messages import Heartbeat, Hello, Refused, ToLighthouse, ToMember
+from everstep.core.messages import Effect, Heartbeat, Hello, Log, Refused, Send, ToLighthouse, ToMember
+from everstep.core.moves import LinkDown, LinkUp, ReadyToJoin, ReplicaConfig, ReplicaEvent
+from everstep.core.replica import Replica
 from everstep.core.types import MemberId, Phase, Report
 from everstep.link import auth
 from everstep.link.client import LinkClient
 from everstep.link.dial import LinkTarget
+from everstep.link.driver import Driver
 from everstep.link.server import LinkServer
 
 DEADLINE_S = 10.0
@@ -203,6 +207,46 @@ class StuckParty(Party):
     def on_message(self, message: ToMember) -> None:
         super().on_message(message)
         self.go_on.wait(3 * DEADLINE_S)
+
+
+class Member(Party):
+    """A party with the real machine of a member behind it."""
+
+    def __init__(self, url: str, replica_id: str, *, expected_replicas: int = 1, **target: Any) -> None:
+        super().__init__(url, **target)
+        config = ReplicaConfig(
+            replica_id=replica_id, nonce=secrets.token_hex(8), store="host:1", expected_replicas=expected_replicas
+        )
+        self.lock = threading.RLock()
+        self.replica = Replica(config)
+        self.driver: Driver[ToMember | ReplicaEvent] = Driver(self.replica, self._perform, lock=self.lock)
+
+    def __enter__(self) -> "Member":
+        super().__enter__()
+        return self
+
+    def _perform(self, effects: list[Effect]) -> None:
+        for effect in effects:
+            if isinstance(effect, Send):
+                self.client.send(effect.message)  # type: ignore[arg-type]
+            elif isinstance(effect, Log):
+                self.events.add("log", value=effect.event)
+
+    def on_start(self, loop: asyncio.AbstractEventLoop) -> None:
+        self.driver.attach(loop)
+        self.driver.receive(ReadyToJoin())
+
+    def on_open(self) -> None:
+        super().on_open()
+        self.driver.receive(LinkUp())
+
+    def on_message(self, message: ToMember) -> None:
+        super().on_message(message)
+        self.driver.receive(message)
+
+    def on_close(self, detail: str) -> None:
+        super().on_close(detail)
+        self.driver.receive(LinkDown())
 
 
 @contextlib.asynccontextmanager

@@ -26,7 +26,7 @@ from everstep.link.dial import LinkTarget
 
 class Handler:
     def on_start(self, loop): pass
-    def on_open(self): print("open")
+    def on_open(self): pass
     def on_message(self, message): pass
     def on_close(self, detail): pass
     def on_failed(self, error): print("failed", error)
@@ -36,7 +36,7 @@ client.start()
 client.wait_open(10)
 child = os.fork()
 if child == 0:
-    print("forked", os.getpid())
+    os.write(1, f"forked {os.getpid()}\\n".encode())
     sys.stdin.readline()
     os._exit(0)
 os.waitpid(child, 0)

@@ -10,17 +10,16 @@ import concurrent.futures
 import logging
 import secrets
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Protocol
 
 from everstep.config import LighthouseSettings
 from everstep.core.lighthouse import Event, JobConfig, LighthouseMachine
-from everstep.core.messages import Close, Effect, JournalRecord, Log, Persist, Send
+from everstep.core.messages import Close, Effect, JournalRecord, Log, Persist, Send, ToMember
 from everstep.lighthouse.journal import Journal
 from everstep.link.driver import Driver
-from everstep.link.server import LinkServer
 
-WRITE_RETRY_S = 1.0
+WRITE_RETRY_S = 0.5
 LOG_REPEAT_S = 60.0  # an unchanged line of the same event is said again after this time
 
 log = logging.getLogger("everstep.lighthouse")
@@ -34,6 +33,13 @@ class JobMachine(Protocol):
     def tick(self, now: float, /) -> list[Effect]: ...
     def next_deadline(self) -> float | None: ...
     def status(self, now: float, /) -> dict[str, object]: ...
+
+
+class JobLinks(Protocol):
+    """What a job needs of LinkServer."""
+
+    def send(self, message: ToMember, links: Iterable[int], /) -> None: ...
+    def close_link(self, number: int, reason: str, /) -> None: ...
 
 
 def make_machine(job_id: str, settings: LighthouseSettings, record: JournalRecord | None) -> LighthouseMachine:
@@ -60,16 +66,16 @@ class Job:
         self,
         job_id: str,
         machine: JobMachine,
-        server: LinkServer,
+        links: JobLinks,
         journal: Journal | None,
         executor: concurrent.futures.Executor,
         on_crash: Callable[["Job", Exception], None],
     ) -> None:
         self.job_id = job_id
-        self.links: dict[int, None] = {}
+        self.open_links: dict[int, None] = {}
         self.record: JournalRecord | None = None  # the last one that is durable, or would be on a disk
         self._machine = machine
-        self._server = server
+        self._links = links
         self._journal = journal
         self._executor = executor
         self._on_crash = on_crash
@@ -134,9 +140,9 @@ class Job:
     def _do(self, effect: Effect) -> None:
         match effect:
             case Send(message, links):
-                self._server.send(message, links)  # type: ignore[arg-type]
+                self._links.send(message, links)  # type: ignore[arg-type]
             case Close(link, reason):
-                self._server.close_link(link, reason)
+                self._links.close_link(link, reason)
             case Log(event, fields):
                 self._say(event, fields)
             case _:

@@ -46,7 +46,7 @@ class Jobs:
         self._executor.shutdown()
 
     def status(self) -> dict[str, dict[str, object]]:
-        return {job_id: {**job.status(), "links": len(job.links)} for job_id, job in self._jobs.items()}
+        return {job_id: {**job.status(), "links": len(job.open_links)} for job_id, job in self._jobs.items()}
 
     # ---- links
 
@@ -76,7 +76,7 @@ class Jobs:
             self._server.close_link(link, "the job starts anew")
             return
         self._job_of[link] = job
-        job.links[link] = None
+        job.open_links[link] = None
         job.receive(LinkOpened(link))
 
     def message(self, link: int, message: ToLighthouse) -> None:
@@ -87,7 +87,7 @@ class Jobs:
     def closed(self, link: int, detail: str) -> None:
         job = self._job_of.pop(link, None)
         if job is not None:
-            job.links.pop(link, None)
+            job.open_links.pop(link, None)
             job.receive(LinkClosed(link, detail))
 
     # ---- a job's life
@@ -109,7 +109,7 @@ class Jobs:
             del self._jobs[job.job_id]
         if job.record is not None and self._state_dir is None:
             self._memory[job.job_id] = job.record
-        for link in list(job.links):
+        for link in list(job.open_links):
             self._job_of.pop(link, None)
             self._server.close_link(link, "the lighthouse met a bug in this job; it starts anew")
         burial = asyncio.get_running_loop().create_task(job.close())

@@ -1,0 +1,74 @@
+"""`everstep lighthouse` as operators run it: a real process."""
+
+import signal
+import socket
+import urllib.request
+from pathlib import Path
+
+import pytest
+
+from everstep import __version__
+from everstep.cli import EXIT_CONFIG
+from tests.link.parties import TOKEN, Party
+from tests.support.processes import Spawner
+
+NO_TORCH = "import sys; from everstep.lighthouse import app; from everstep import cli; print('torch' in sys.modules)"
+CLEAN = dict.fromkeys(("EVERSTEP_TOKEN", "EVERSTEP_TOKEN_FILE", "EVERSTEP_LIGHTHOUSE"))
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_it_says_where_it_listens_serves_and_ends_cleanly(spawn: Spawner, tmp_path: Path, number: int) -> None:
+    token_file = tmp_path / "token"
+    token_file.write_bytes(TOKEN + b"\n")
+    token_file.chmod(0o600)
+    files = ["--state-dir", str(tmp_path / "state"), "--token-file", str(token_file)]
+    process = spawn(["-m", "everstep.cli", "lighthouse", "--port", "0", *files], env=CLEAN)
+    address = process.expect_line("listening on").rpartition(" ")[2]
+    with urllib.request.urlopen(f"http://{address}/healthz", timeout=10.0) as response:
+        assert response.read() == b"ok\n"
+    with Party(f"http://{address}", token=TOKEN) as party:
+        party.events.expect("open")
+        process.kill(number)
+        party.events.expect("close")
+        assert process.wait() == 0
+    assert TOKEN.decode() not in process.output()
+    assert "Traceback" not in process.output()
+
+
+def test_a_taken_port_is_one_line_and_exit_90(spawn: Spawner) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        process = spawn(["-m", "everstep.cli", "lighthouse", "--port", str(port)], env=CLEAN)
+        assert process.wait() == EXIT_CONFIG == 90
+    lines = process.stderr_path.read_text().splitlines()
+    assert len(lines) == 1
+    assert lines[0].startswith(f"everstep: port {port} of 127.0.0.1 is in use")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "wrong"),
+    [
+        (["--heartbeat-timeout", "nan"], "heartbeat_timeout_s=nan"),
+        (["--bind", "0.0.0.0"], "no job token"),
+        (["--min-replicas", "0"], "min_replicas=0"),
+        (["--token-file", "/nonexistent"], "token file /nonexistent cannot be read"),
+    ],
+)
+def test_a_wrong_setting_is_one_line_and_exit_90(spawn: Spawner, arguments: list[str], wrong: str) -> None:
+    process = spawn(["-m", "everstep.cli", "lighthouse", "--port", "0", *arguments], env=CLEAN)
+    assert process.wait() == EXIT_CONFIG
+    lines = process.stderr_path.read_text().splitlines()
+    assert len(lines) == 1
+    assert wrong in lines[0]
+
+
+def test_the_version_is_printed(spawn: Spawner) -> None:
+    process = spawn(["-m", "everstep.cli", "--version"])
+    assert process.read_line() == f"everstep {__version__}"
+    assert process.wait() == 0
+
+
+def test_neither_the_command_nor_the_lighthouse_imports_torch(spawn: Spawner) -> None:
+    process = spawn(["-c", NO_TORCH])
+    assert process.read_line() == "False"
+    assert process.wait() == 0
