@@ -164,7 +164,7 @@ def _serve(pipe: Connection) -> None:
         obey(*orders.get())
 
 
-def _configure(state: _State, seq: int, rank: int, size: int, store: str, timeout_s: float = 60.0) -> float:
+def _configure(state: _State, seq: int, rank: int, size: int, store: str, timeout_s: float = 6.0) -> float:
     began_at = time.monotonic()
     membership = Membership(quorum_id=QuorumId(1, seq), rank=rank, size=size, store=store, timeout_s=timeout_s)
     state.pg.configure(membership)
@@ -226,7 +226,8 @@ def _host(state: _State) -> str:
 
 
 def _census(state: _State) -> tuple[int, int]:
-    """Open descriptors and threads of this process; helpers of past groups have ended."""
+    """Open descriptors and threads of this process, when the helpers and the stuck operations of past groups ended."""
+    gloo_work.free_parked()
     deadline = time.monotonic() + DEADLINE_S
     for thread in threading.enumerate():
         if thread.name == "everstep-gloo":
@@ -282,7 +283,6 @@ ORDERS: dict[str, Callable[..., Any]] = {
     "close": lambda state: state.pg.close(),
     "host": _host,
     "census": _census,
-    "parked": lambda state: len(gloo_work._parked),
     "fork": _fork_idle_child,
     "load_data": _load_data,
     "stop_before_connecting": _stop_before_connecting,

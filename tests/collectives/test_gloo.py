@@ -94,15 +94,18 @@ def test_an_allreduce_stuck_on_a_stopped_peer_raises_when_aborted(store: str) ->
         assert [o.value for o in outcomes(group[:2], "allreduce", [1.0])] == [[2.0]] * 2
 
 
-def test_a_killed_peer_is_named_by_its_rank_without_any_abort(store: str) -> None:
-    with members(3) as group:
+def test_every_survivor_names_a_killed_peer_by_its_rank_without_any_abort(store: str) -> None:
+    with members(4) as group:
         configure(group, 1, store)
-        for member in group:  # which waits for what is learned off the critical path: whose the far ends are
+        for member in group:  # its helper has ended: it knows who is at the far end of which connection
             member.do("census")
+        survivors = [*group[:1], *group[2:]]
+        running = [m.begin("reduce_many", 100_000) for m in survivors]
         group[1].kill()
-        for result in outcomes([group[0], group[2]], "allreduce", [1.0]):
+        for member, number in zip(survivors, running, strict=True):
+            result = member.outcome(number)
             assert (result.error, result.peer) == ("PeerLost", 1), result
-            assert result.took_s < 1.0
+            assert result.took_s < 2.0
         again = group[0].outcome(group[0].begin("allreduce", [1.0]))
         assert (again.error, again.peer) == ("PeerLost", 1)
         assert again.took_s < 0.05
@@ -223,9 +226,18 @@ def test_fifty_reconfigurations_leave_no_descriptor_and_no_thread(store: str) ->
             configure(group, seq, store)
             for member in group:
                 member.do("release_previous")
-        wait_until(lambda: [m.do("census") for m in group] == before, what="descriptors and threads as before")
+        wait_until(lambda: is_within(before, [m.do("census") for m in group]), what="descriptors and threads as before")
         for member in group:
             member.do("close")
+
+
+def is_within(before: list[tuple[int, int]], now: list[tuple[int, int]]) -> bool:
+    """No member has more than before; then, a thread that had just ended may have been counted still."""
+    return all(
+        have <= had
+        for then, have_now in zip(before, now, strict=True)
+        for had, have in zip(then, have_now, strict=True)
+    )
 
 
 def test_an_aborted_operation_never_writes_to_its_tensor_again(store: str) -> None:
@@ -307,12 +319,14 @@ def test_a_signal_handler_runs_while_an_allreduce_waits(store: str) -> None:
             number = peers[0].begin("configure", 1, 1, 2, store)
             group.configure(Membership(quorum_id=QuorumId(1, 1), rank=0, size=2, store=store))
             peers[0].outcome(number)
-            tensor = torch.ones(1)
+            tensor = torch.ones(1, dtype=torch.float64)
             work = group.allreduce(tensor)
             signal.setitimer(signal.ITIMER_REAL, 0.05)
             with pytest.raises(Interrupt):
                 work.wait()
-            peers[0].begin("allreduce", [1.0])
+            peers[0].do("allreduce", [1.0])
+            work.wait()
+            assert tensor.tolist() == [2.0]
     finally:
         signal.signal(signal.SIGALRM, previous)
 

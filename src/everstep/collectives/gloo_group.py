@@ -42,6 +42,8 @@ PENDING_MAX = 256
 SETTLE_TIMEOUT_S = 10.0
 # How long a severed connection stays open for what peers still send into it, until they are told, too.
 LINGER_S = 0.1
+# A member that has its result may leave; what it sent is on its way to the others for a moment longer.
+CLOSED_GRACE_S = 0.1
 
 HELPER_NAME = "everstep-gloo"
 _OP_THREAD_NAME = "pt_gloo_runloop"
@@ -69,12 +71,15 @@ class GlooGroup:
         self._has_knocked = False
         self._connections: list[OpenSocket] = []  # complete once built
         self._rank_at: dict[Address, int] = {}  # the far end of each connection
+        self._rank_of: dict[OpenSocket, int] = {}
+        self._closed_at: float | None = None  # since when a connection is known to be closed
         self._pending: set[GlooWork] = set()  # issued, and not known to have ended
         self._new_threads: list[int] = []  # Gloo's for this group among them
         self._sleeps_seen: list[str] = []  # at the last look
         self._stuck: list[torch_private.TorchWork] = []
         self._kept: list[socket.socket] = []  # what severing keeps open for a while
         self._linger: threading.Timer | None = None
+        self._cutting = threading.Lock()
 
     @property
     def is_usable(self) -> bool:
@@ -140,21 +145,21 @@ class GlooGroup:
 
         An idle one ends at once; otherwise peers get LINGER_S to be told, before their sends into it fail.
         """
-        if self.ended.is_set():
-            kept = sever(self._connections)
-        else:
-            kept = sever(find_sockets(self._is_connection))
-            self._knock()
-        if self._client is not None:
-            self._client.sever()
-        self._kept += kept
-        if is_idle:
-            self._let_go()
-        elif kept and self._linger is None:
-            self._linger = threading.Timer(LINGER_S, self._let_go)
-            self._linger.daemon = True
-            self._linger.name = HELPER_NAME
-            self._linger.start()
+        with self._cutting:
+            if self.ended.is_set():
+                self._kept += sever(self._connections)
+            else:
+                self._kept += sever(find_sockets(self._is_connection))
+                self._knock()
+            if self._client is not None:
+                self._client.sever()
+            if is_idle:
+                self._let_go()
+            elif self._kept and self._linger is None:
+                self._linger = threading.Timer(LINGER_S, self._let_go)
+                self._linger.daemon = True
+                self._linger.name = HELPER_NAME
+                self._linger.start()
 
     def _let_go(self) -> None:
         while self._kept:
@@ -168,6 +173,23 @@ class GlooGroup:
         is_same = look == self._sleeps_seen and all(look)
         self._sleeps_seen = look
         return bool(look) and is_same
+
+    def watch(self) -> None:
+        """While an operation waits: a connection that Gloo has closed means that the group is lost, all of it.
+
+        Gloo itself tells only the operations that wait on that very connection, and not always those.
+        """
+        if self.is_severed:
+            return
+        closed = next((c for c in self._connections if not is_open(c)), None)
+        now = time.monotonic()
+        if closed is None or self._closed_at is None:
+            self._closed_at = None if closed is None else now
+        elif now - self._closed_at >= CLOSED_GRACE_S:
+            rank = self._rank_of.get(closed)
+            who = "a member" if rank is None else f"rank {rank}"
+            self.condemn(PeerLost(f"quorum {self.membership.quorum_id}: {who} closed its connection", rank))
+            self.cut()
 
     def park(self, work: torch_private.TorchWork) -> None:
         self._stuck.append(work)
@@ -301,17 +323,22 @@ class GlooGroup:
         if client is None or not self.is_usable:
             return
         opened: dict[int, str] = {}  # rank of a peer -> our end of the connection that we opened to it
+        accepted: dict[Address, OpenSocket] = {}
         for connection in self._connections:
             ends = ends_of(connection)
-            if ends is not None and ends.remote in self._peers:
+            if ends is None or ends.remote is None:
+                continue
+            accepted[ends.remote] = connection
+            if ends.remote in self._peers:
                 peer = self._peers[ends.remote]
-                self._rank_at[ends.remote] = peer
+                self._rank_at[ends.remote] = self._rank_of[connection] = peer
                 opened[peer] = joined(ends.local)
         with contextlib.suppress(StepInterrupted):  # severed meanwhile, or the store is gone: errors name fewer peers
             for rank, said in enumerate(self._gather("ends", json.dumps(opened).encode())):
                 mine = json.loads(said).get(str(self.membership.rank))
-                if mine is not None:
-                    self._rank_at[host_and_port(mine)] = rank
+                far_end = None if mine is None else host_and_port(mine)
+                if far_end in accepted:
+                    self._rank_at[far_end] = self._rank_of[accepted[far_end]] = rank
         client.close()
 
     def _raise_if_severed(self) -> None:

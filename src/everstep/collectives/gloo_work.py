@@ -33,6 +33,8 @@ class Issuer(Protocol):
 
     def is_stuck(self) -> bool: ...
 
+    def watch(self) -> None: ...
+
 
 class GlooWork:
     """An operation of a GlooGroup."""
@@ -76,6 +78,7 @@ class GlooWork:
                 self._error = self._group.failure()
                 self._group.park(work)
             else:
+                self._group.watch()
                 return False
         # torch's Work holds on to the tensor, and to the group's sockets.
         self._work = None
