@@ -1,5 +1,6 @@
 """`everstep lighthouse` as operators run it: a real process."""
 
+import os
 import signal
 import socket
 import urllib.request
@@ -10,8 +11,22 @@ import pytest
 from everstep import __version__
 from everstep.cli import EXIT_CONFIG
 from tests.link.parties import TOKEN, Party
+from tests.support import proc
 from tests.support.processes import Spawner
+from tests.support.waiting import wait_until
 
+EMBEDDED = """
+import os, sys
+from everstep.config import LighthouseSettings
+from everstep.lighthouse.app import Lighthouse
+with Lighthouse.in_thread(LighthouseSettings(port=0)) as lighthouse:
+    child = os.fork()
+    if child == 0:
+        os.write(1, f"forked {os.getpid()} {lighthouse.address}\\n".encode())
+        sys.stdin.readline()
+        os._exit(0)
+    os.waitpid(child, 0)
+"""
 NO_TORCH = "import sys; from everstep.lighthouse import app; from everstep import cli; print('torch' in sys.modules)"
 CLEAN = dict.fromkeys(("EVERSTEP_TOKEN", "EVERSTEP_TOKEN_FILE", "EVERSTEP_LIGHTHOUSE"))
 
@@ -72,3 +87,18 @@ def test_neither_the_command_nor_the_lighthouse_imports_torch(spawn: Spawner) ->
     process = spawn(["-c", NO_TORCH])
     assert process.read_line() == "False"
     assert process.wait() == 0
+
+
+def test_a_forked_child_does_not_keep_a_dead_lighthouses_port_and_links(spawn: Spawner) -> None:
+    process = spawn(["-c", EMBEDDED])
+    _, child, address = process.expect_line("forked").split()
+    host, port = address.split(":")
+    with Party(f"http://{address}") as party:
+        party.events.expect("open")
+        process.kill()
+        party.events.expect("close")
+        process.wait()
+        with pytest.raises(ConnectionRefusedError), socket.create_connection((host, int(port)), timeout=10.0):
+            pass
+    os.kill(int(child), signal.SIGKILL)
+    wait_until(lambda: not proc.of_session(process.pid), what="the child has ended")

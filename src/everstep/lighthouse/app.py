@@ -12,6 +12,7 @@ import concurrent.futures
 import contextlib
 import errno
 import hmac
+import resource
 import signal
 import socket
 import ssl
@@ -179,7 +180,14 @@ def serve(settings: LighthouseSettings, on_ready: Callable[[Lighthouse], None]) 
             on_ready(lighthouse)
             await stop.wait()
 
+    _allow_many_connections()
     run_until_complete(until_signalled)
+
+
+def _allow_many_connections() -> None:
+    """A shell's usual soft limit of 1024 descriptors is a thousand members; the hard limit is ours to use."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def run_until_complete(main: Callable[[], Coroutine[None, None, None]]) -> None:

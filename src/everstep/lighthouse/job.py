@@ -104,6 +104,16 @@ class Job:
     def status(self) -> dict[str, object]:
         return self._machine.status(time.monotonic())
 
+    @property
+    def is_over(self) -> bool:
+        """Nobody is connected, and its memory holds nothing that a member could ask for."""
+        return not self.open_links and (self.record is None or self.record.ended or self.record.current is None)
+
+    @property
+    def is_forgettable(self) -> bool:
+        """It may be dropped: whoever connects next finds it in the journal as it is."""
+        return self.is_over or (self._journal is not None and not self.open_links and not self._queue)
+
     async def close(self) -> None:
         """Nothing more is said or written; a write under way is waited for."""
         self._is_closed = True

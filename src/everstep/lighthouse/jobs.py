@@ -3,17 +3,20 @@
 import asyncio
 import concurrent.futures
 import logging
+from collections.abc import Callable
 
 from everstep.config import LighthouseSettings
 from everstep.core.lighthouse import LinkClosed, LinkMessage, LinkOpened
 from everstep.core.messages import JournalRecord, Refused, ToLighthouse
 from everstep.core.types import RefusalCode
 from everstep.errors import ConfigError
-from everstep.lighthouse.job import Job, make_machine
+from everstep.lighthouse.job import Job, JobMachine, make_machine
 from everstep.lighthouse.journal import StateDir
 from everstep.link.server import LinkServer
 
 WRITERS = 4  # journals that are written at the same time
+
+NewMachine = Callable[[str, LighthouseSettings, JournalRecord | None], JobMachine]
 
 log = logging.getLogger("everstep.lighthouse")
 
@@ -21,8 +24,11 @@ log = logging.getLogger("everstep.lighthouse")
 class Jobs:
     """Hands the links' events to their jobs (it is the server's LinkListener). `state_dir` None: memory only."""
 
-    def __init__(self, settings: LighthouseSettings, state_dir: StateDir | None) -> None:
+    def __init__(
+        self, settings: LighthouseSettings, state_dir: StateDir | None, new_machine: NewMachine = make_machine
+    ) -> None:
         self._settings = settings
+        self._new_machine = new_machine
         self._state_dir = state_dir
         self._server: LinkServer | None = None
         self._jobs: dict[str, Job] = {}
@@ -59,7 +65,7 @@ class Jobs:
             return None
         if job_id in self._burials:
             return Refused(RefusalCode.BUSY, f"job {job_id!r} is just starting anew; try again")
-        if len(self._jobs) >= self._settings.jobs_max:
+        if len(self._jobs) >= self._settings.jobs_max and not self._make_room():
             detail = f"the lighthouse serves {len(self._jobs)} jobs, its limit; start another one for job {job_id!r}"
             return Refused(RefusalCode.BUSY, detail)
         try:
@@ -96,10 +102,25 @@ class Jobs:
         assert self._server is not None
         journal = self._state_dir.journal(job_id) if self._state_dir is not None else None
         record = journal.load() if journal is not None else self._memory.get(job_id)
-        machine = make_machine(job_id, self._settings, record)
+        machine = self._new_machine(job_id, self._settings, record)
         job = Job(job_id, machine, self._server, journal, self._executor, self._crashed)
         self._jobs[job_id] = job
         job.start()
+
+    def _make_room(self) -> bool:
+        """Drop a job that nobody is connected to; one that is over rather than one that may come back."""
+        idle = [job for job in self._jobs.values() if job.is_forgettable]
+        if not idle:
+            return False
+        job = next((job for job in idle if job.is_over), idle[0])
+        del self._jobs[job.job_id]
+        self._bury(job)
+        return True
+
+    def _bury(self, job: Job) -> None:
+        burial = asyncio.get_running_loop().create_task(job.close())
+        self._burials[job.job_id] = burial
+        burial.add_done_callback(lambda _: self._burials.pop(job.job_id, None))
 
     def _crashed(self, job: Job, error: Exception) -> None:
         """A bug. The job starts anew from its last record, as after a crash of the whole lighthouse."""
@@ -112,6 +133,4 @@ class Jobs:
         for link in list(job.open_links):
             self._job_of.pop(link, None)
             self._server.close_link(link, "the lighthouse met a bug in this job; it starts anew")
-        burial = asyncio.get_running_loop().create_task(job.close())
-        self._burials[job.job_id] = burial
-        burial.add_done_callback(lambda _: self._burials.pop(job.job_id, None))
+        self._bury(job)

@@ -50,8 +50,8 @@ class LinkHandler(Protocol):
     def on_failed(self, error: Exception) -> None:
         """The link has ended for good, and its thread with it.
 
-        LighthouseRefused or LighthouseUnreachable before the first connection; anything else is a bug. A client that
-        was connected once is never given up: a refusal then is logged as an error, and it tries on.
+        LighthouseRefused, LighthouseUnreachable or ConfigError before the first connection; anything else is a bug. A
+        client that was connected once is never given up: a refusal then is logged, and it tries on.
         """
 
 

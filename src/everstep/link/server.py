@@ -97,7 +97,7 @@ class LinkServer:
             if frame is None:
                 frame = _frame(_BINARY, codec.encode(message))
             if not link.write(frame):
-                log.warning("link dropped link=%d address=%s reason=%s", number, link.address, link.why_closed)
+                log.warning("link dropped link=%d address=%s reason=%r", number, link.address, link.why_closed)
                 link.cut()
 
     def close_link(self, number: int, reason: str) -> None:
@@ -146,7 +146,7 @@ class LinkServer:
         return answer
 
     def _refuse(self, link: "_Link", refusal: Refused) -> None:
-        log.warning("client refused address=%s code=%s detail=%s", link.address, refusal.code.value, refusal.detail)
+        log.warning("client refused address=%s code=%s detail=%r", link.address, refusal.code.value, refusal.detail)
         link.write(_frame(_BINARY, auth.encode(refusal)))
         link.close(refusal.code.value)
 
@@ -182,7 +182,7 @@ class LinkServer:
 
     def _drop(self, link: "_Link", reason: str) -> str:
         if link.number in self._links:
-            log.warning("link dropped link=%d address=%s reason=%s", link.number, link.address, reason)
+            log.warning("link dropped link=%d address=%s reason=%r", link.number, link.address, reason)
         link.close(reason)
         return reason
 
