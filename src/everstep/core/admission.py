@@ -79,6 +79,8 @@ class Admission:
     def _contend(self, link: int, hello: Hello, other: Peer, now: float) -> list[Effect]:
         """Another live process has this replica_id, or a dead one whose socket a forked child keeps open."""
         self._contenders[link] = Contender(hello, now + 2 * self._config.heartbeat_interval_s)
+        if not self._detector.is_watched(other.member):
+            self._detector.watch(other.member, now)  # it was given up before: its silence must end this wait too
         why = f"replica_id {hello.report.member.replica_id} is connected from another process; checking that it lives"
         return [Send(Waiting(why), (link,)), Log("replica_id contended", {"member": str(other.member)})]
 
@@ -128,19 +130,12 @@ class Admission:
                 peer.learn(quorum_id)
             out += self._hello_with_state(peer, now)
         else:
-            out += self._hello_without_state(peer)
+            out += self._hello_without_state(peer, now)
         for older in [m for m in self._state.known_members if m.replica_id == member.replica_id and m != member]:
             if older.incarnation < member.incarnation:
                 self._detector.forget(older)
                 out += self._changes.suspect(older, Cause.SUPERSEDED, f"{member} started", now)
-                # A death that was only suspected for lack of an answer is certain now.
-                if older in self._state.suspects:
-                    self._state.suspects[older] = self._certain(self._state.suspects[older])
         return out + self._changes.propose()
-
-    @staticmethod
-    def _certain(cause: Cause) -> Cause:
-        return Cause.SUPERSEDED if cause is Cause.NO_READY else cause
 
     def _hello_with_state(self, peer: Peer, now: float) -> list[Effect]:
         state, report, member = self._state, peer.hello.report, peer.member
@@ -165,7 +160,7 @@ class Admission:
             out += self._changes.resend_proposal(member)
         return out
 
-    def _hello_without_state(self, peer: Peer) -> list[Effect]:
+    def _hello_without_state(self, peer: Peer, now: float) -> list[Effect]:
         state, member = self._state, peer.member
         if member in state.suspects or state.is_evicted(member):
             return self._evict_on_hello(peer)
@@ -173,6 +168,9 @@ class Admission:
             assert state.current is not None
             if state.round is not None:
                 return list(self._changes.notice_again(member))
+            if state.is_founding:
+                # Who was told to found it is not known for certain: the answers tell whether anybody did.
+                return self._changes.open_round((), Cause.OUT_OF_STEP, f"{member} holds no state yet", now)
             switch = Send(Switch(state.current.id, whole(state.current)), self._roster.links_of([member]))
             peer.learn(state.current.id)
             return [switch, *self._changes.resend_proposal(member)]

@@ -43,7 +43,10 @@ class FailureDetector:
         self._set(member, now + self._policy.heartbeat_timeout_s)
 
     def heard(self, member: MemberId, now: float) -> None:
-        if member in self._deadline and member not in self._closed:
+        """A word on its open link. One that had been given up for silent is watched again: it may fall silent anew."""
+        if member not in self._deadline:
+            self.watch(member, now)
+        elif member not in self._closed:
             self._deadline[member] = now + self._policy.heartbeat_timeout_s
 
     def link_closed(self, member: MemberId, detail: str, now: float) -> None:

@@ -1,10 +1,13 @@
 """When a history may begin (rule G8 of DESIGN 4.4): the first quorum of fresh members, and nobody else's loss."""
 
+from collections.abc import Sequence
+
 from everstep.core.lighthouse_state import JobState
 from everstep.core.messages import Cause, Effect, Log, Send, Switch, Waiting
-from everstep.core.roster import Peer, Roster
+from everstep.core.roster import Roster
 from everstep.core.types import MemberId, genesis
 
+SAY_ALL_INTERVAL_S = 1.0
 # A member that failed in one of these ways is gone for certain once a newer process of its replica_id said Hello.
 GONE_FOR_CERTAIN = (Cause.LINK_CLOSED, Cause.SUPERSEDED, Cause.LEFT)
 
@@ -17,7 +20,10 @@ class FoundingDesk:
         self._roster = roster
         self._joiners = joiners
         self._deadline: float | None = None
+        self._expected = 0
+        self._minimum = state.config.min_replicas
         self._said = ""
+        self._say_all_at = 0.0
 
     def next_deadline(self) -> float | None:
         return self._deadline if self._state.current is None else None
@@ -27,20 +33,27 @@ class FoundingDesk:
         if state.current is not None or (state.history and not state.ended):
             self._deadline = None
             return []
-        peers = [p for m in self._joiners if (p := self._roster.of(m)) is not None and p.link is not None]
-        if not peers:
-            self._deadline = None
+        if not self._joiners:
+            self._deadline, self._expected, self._minimum = None, 0, state.config.min_replicas
             return []
         if self._deadline is None:
             self._deadline = now + state.config.join_timeout_s
-        expected = max(peer.hello.expected_replicas for peer in peers)
-        minimum = max([state.config.min_replicas, *(peer.hello.min_replicas for peer in peers)])
-        all_here = expected > 0 and len(peers) >= max(expected, minimum)
-        if all_here or (len(peers) >= minimum and now >= self._deadline):
-            return self._found(peers)
+        self._read_newest()
+        here = len(self._joiners)
+        all_here = self._expected > 0 and here >= max(self._expected, self._minimum)
+        if all_here or (here >= self._minimum and now >= self._deadline):
+            return self._found()
         if now >= self._deadline:
             self._deadline = now + state.config.join_timeout_s
-        return self._say(f"{len(peers)} replica groups are here; {max(expected, minimum)} found the job together")
+        why = f"{here} replica groups are here; {max(self._expected, self._minimum)} found the job together"
+        return self._say(why, now)
+
+    def _read_newest(self) -> None:
+        """What the joiner that came last asks for; those before it were read when they came."""
+        peer = self._roster.of(next(reversed(self._joiners)))
+        if peer is not None:
+            self._expected = max(self._expected, peer.hello.expected_replicas)
+            self._minimum = max(self._minimum, peer.hello.min_replicas)
 
     def abandon_lost_history(self) -> list[Effect]:
         """Give a history up whose every holder is gone for certain and restarted without state (decisions/002).
@@ -50,26 +63,39 @@ class FoundingDesk:
         state = self._state
         if state.round is None or state.current is None or not state.current.members:
             return []
-        fresh = {member.replica_id for member in self._joiners}
+        fresh: dict[str, None] = {}
+        stateless: list[MemberId] = []
         for member in state.known_members:
+            report = state.round.reports.get(member)
+            if member in self._joiners or (report is not None and not report.has_state):
+                stateless.append(member)
+                continue
+            if member not in state.suspects:
+                return []
+            fresh = fresh or {joiner.replica_id: None for joiner in self._joiners}
             cause = state.suspects.get(member)
             if cause not in GONE_FOR_CERTAIN or (cause is not Cause.LEFT and member.replica_id not in fresh):
                 return []
         fields: dict[str, object] = {"history": state.history, "quorum": str(state.current.id)}
         fields["why"] = "every member that held the state has exited and was started afresh"
-        return [Log("history lost", fields), *self.forget_history()]
+        for member in stateless:
+            if self._roster.is_connected(member):
+                self._joiners[member] = None
+        return [Log("history lost", fields), *self.forget_history(keep=stateless)]
 
-    def forget_history(self) -> list[Effect]:
+    def forget_history(self, keep: Sequence[MemberId] = ()) -> list[Effect]:
         """Drop the current quorum, so that a new history can be founded. Also the operator's --new-history."""
         state = self._state
         for member in state.known_members:
-            state.evict(member)
+            if member not in keep:
+                state.evict(member)
         state.forget_quorums()
         state.history, state.ended = "", False
         return [state.persist()]
 
-    def _found(self, peers: list[Peer]) -> list[Effect]:
+    def _found(self) -> list[Effect]:
         state = self._state
+        peers = [peer for member in self._joiners if (peer := self._roster.of(member)) is not None]
         members = {peer.member: peer.address for peer in peers}
         # Of members that continue from checkpoints on disk, the one furthest on gives its state to the others.
         furthest = max(peers, key=lambda peer: peer.hello.start_step)
@@ -94,8 +120,13 @@ class FoundingDesk:
         peer = self._roster.of(member)
         return peer.hello.start_step if peer is not None else -1
 
-    def _say(self, why: str) -> list[Effect]:
+    def _say(self, why: str, now: float) -> list[Effect]:
+        """To who has just come at once, to all at times: with many groups everybody's every arrival is a flood."""
         if why == self._said:
             return []
         self._said = why
+        if now < self._say_all_at:
+            newcomer = next(reversed(self._joiners))
+            return list(self._roster.send(Waiting(why), [newcomer]))
+        self._say_all_at = now + SAY_ALL_INTERVAL_S
         return [*self._roster.send(Waiting(why), self._joiners), Log("waiting for members", {"why": why})]

@@ -127,7 +127,8 @@ class LighthouseMachine:
                 return []
             return [Close(link, f"{type(message).__name__} before Hello")]
         peer.heard_at = now
-        self._detector.heard(peer.member, now)
+        if not peer.leaving:
+            self._detector.heard(peer.member, now)
         out = self._admission.judge_contenders(peer, now)
         match message:
             case Heartbeat():
@@ -225,7 +226,9 @@ class LighthouseMachine:
             return []
         member = peer.member
         if member in self._state.known_members:
-            if member not in self._state.departed:
+            is_in_grace = member in self._state.departed and self._detector.is_watched(member)
+            if not is_in_grace:
+                self._detector.watch(member, now)
                 self._detector.link_closed(member, detail or "link closed without Goodbye", now)
                 if member in self._witnessed:  # a second witness: no grace (DESIGN 4.3, evidence)
                     self._detector.confirm(member, now)

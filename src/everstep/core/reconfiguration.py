@@ -37,6 +37,8 @@ class Reconfigurer:
         out: list[Effect] = []
         self._joiners.pop(member, None)
         if member in state.suspects:
+            if state.suspects[member] in (Cause.SILENT, Cause.NO_READY):
+                state.suspects[member] = cause  # firmer evidence than silence
             return out
         if member not in state.known_members:
             return self._refuse([member], "not heard of while it waited to join: " + detail)

@@ -48,7 +48,6 @@ from everstep.core.moves import (
     VoteCast,
     VoteEnded,
 )
-from everstep.core.recovery_plan import plan_recovery
 from everstep.core.replica_state import ReplicaState
 from everstep.core.types import (
     Action,
@@ -97,7 +96,7 @@ class Replica(ReplicaState):
             case CollectiveFailed():
                 return self._collective_failed(event, now)
             case AskToLeave():
-                self._wants_to_leave = True
+                self.wants_to_leave = True
                 return self._leave("drained before it had joined") if self.quorum is None else self._send(Drain())
             case Leave(reason):
                 return self._leave(reason)
@@ -127,10 +126,10 @@ class Replica(ReplicaState):
         if not self._is_ready:
             return []
         out: list[Effect] = self._leave_group() if self.lineage is None else []
-        if self._wants_to_leave and self.lineage is None:
+        if self.wants_to_leave and self.lineage is None:
             return out + self._leave("drained while it was away")
         out += self._send(self._hello())
-        return out + (self._send(Drain()) if self._wants_to_leave else [])
+        return out + (self._send(Drain()) if self.wants_to_leave else [])
 
     def _leave(self, reason: str) -> list[Effect]:
         self.has_left = True
@@ -203,7 +202,7 @@ class Replica(ReplicaState):
             if self.quorum is not None:
                 out.append(Sever(self.quorum.id))
         out += self._send(Ready(message.round, self.report()))
-        if self._wants_to_leave and self.lineage is None:
+        if self.wants_to_leave and self.lineage is None:
             out += self._leave("drained before it had joined")
         return out
 
@@ -268,7 +267,7 @@ class Replica(ReplicaState):
         if message.member != self.member:
             return []
         out: list[Effect] = [Log("evicted", {"member": str(self.member), "why": message.detail})]
-        if self._wants_to_leave:
+        if self.wants_to_leave:
             self.has_left = True
             return out
         out += self._leave_group()
@@ -285,7 +284,7 @@ class Replica(ReplicaState):
     def _barrier_ended(self, event: BarrierEnded) -> list[Effect]:
         if self.is_frozen or self.quorum is None or event.quorum_id != self.quorum.id or self.is_settled:
             return []
-        self.plan = plan_recovery(event.claims)
+        self.plan = self._plan(event.claims)
         self.is_settled = self.lineage is not None
         return [Log("settled", {"quorum": str(self.quorum.id), "rank": self.rank, "step": self.plan.lineage.step})]
 

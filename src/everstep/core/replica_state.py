@@ -2,7 +2,7 @@
 
 from everstep.core.messages import Effect, MembersChange, Refused, Sever, applied
 from everstep.core.moves import Build, Move, Recover, Reduce, ReplicaConfig, Vote, Wait
-from everstep.core.recovery_plan import Claim, RecoveryPlan
+from everstep.core.recovery_plan import Claim, RecoveryPlan, plan_recovery
 from everstep.core.types import (
     NO_ROUND,
     FailureRound,
@@ -47,7 +47,7 @@ class ReplicaState:
         self._left_quorum: QuorumId | None = None  # the newest that it severed while it had no state
         self._is_up = False
         self._is_ready = False  # to join: no Hello before
-        self._wants_to_leave = False
+        self.wants_to_leave = False
         self._doubt_at: float | None = None  # a collective failed; when to report it again
         self._beat_at: float | None = None
         self._beat_interval_s = 0.0
@@ -140,6 +140,9 @@ class ReplicaState:
         quorum = applied(change, quorum_id, base)
         self._keep_list(quorum)
         return quorum
+
+    def _plan(self, claims: tuple[Claim, ...]) -> RecoveryPlan:
+        return plan_recovery(claims)
 
     def _keep_list(self, quorum: Quorum) -> None:
         self._lists[quorum.id] = quorum

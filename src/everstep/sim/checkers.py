@@ -1,6 +1,7 @@
 """What must hold in every schedule (invariants I1 to I5 of the design), apart from the machines that they check."""
 
 import dataclasses
+import hashlib
 
 from everstep.core.replica import Replica
 from everstep.core.types import Lineage, MemberId, QuorumId
@@ -20,7 +21,8 @@ class Weights:
     step: int = 0
 
     def applied(self, gradient: tuple[Batch, ...]) -> "Weights":
-        return Weights(hash((self.value, gradient)), self.step + 1)
+        digest = hashlib.blake2b(repr((self.value, gradient)).encode(), digest_size=8).digest()
+        return Weights(int.from_bytes(digest, "big"), self.step + 1)
 
 
 class Checkers:
@@ -30,6 +32,7 @@ class Checkers:
         self.committed: dict[tuple[str, int], bytes] = {}
         self.weights: dict[tuple[str, int], int] = {}
         self.batch_at: dict[tuple[str, Batch], int] = {}
+        self._histories: list[str] = []  # in the order of their first commits
         self._members_of: dict[QuorumId, tuple[MemberId, ...]] = {}
         self._quorum_of: dict[str, QuorumId] = {}
         self._lineage_of: dict[str, Lineage] = {}
@@ -64,7 +67,14 @@ class Checkers:
             raise Violation(f"I5 quorum {quorum_id} is {members} and {replica.quorum.member_ids}")
 
     def applied(self, process: str, lineage: Lineage, weights: Weights, gradient: tuple[Batch, ...]) -> None:
-        """`process` applied the gradient of a committed step: same weights everywhere (I2), each batch once (I4)."""
+        """`process` applied the gradient of a committed step: same weights everywhere (I2), each batch once (I4).
+
+        A history that was founded anew ends the one before it: nobody commits to that any more (I1 over histories).
+        """
+        if lineage.history not in self._histories:
+            self._histories.append(lineage.history)
+        elif lineage.history != self._histories[-1] and (lineage.history, lineage.step) not in self.weights:
+            raise Violation(f"I1 {process} commits to {lineage.history}, but {self._histories[-1]} has begun")
         known = self.weights.setdefault((lineage.history, lineage.step), weights.value)
         if known != weights.value:
             raise Violation(f"I2 {process} has other weights at step {lineage.step}")

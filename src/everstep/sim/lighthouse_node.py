@@ -16,7 +16,7 @@ class LighthouseNode:
 
     def __init__(self, world: "World", config: JobConfig) -> None:
         self._world = world
-        self._config = config
+        self.config = config
         self.disk: JournalRecord | None = None
         self.machine: LighthouseMachine | None = None
         self._lives = 0
@@ -32,7 +32,7 @@ class LighthouseNode:
 
     def start(self) -> None:
         self._lives += 1
-        self.machine = LighthouseMachine(self._config, self.disk)
+        self.machine = self._world.lighthouse_type(self.config, self.disk)
         self._perform(self.machine.start(self._world.now))
 
     def crash(self) -> None:
@@ -53,6 +53,8 @@ class LighthouseNode:
             self._feed(LinkClosed(link, detail))
 
     def message(self, link: int, message: ToLighthouse) -> None:
+        if link in self._links:
+            self._world.faults.reached(f"lighthouse:{type(message).__name__}", None)
         if link in self._links:
             self._feed(LinkMessage(link, message))
 
@@ -77,6 +79,7 @@ class LighthouseNode:
                             process.from_lighthouse(link, message)  # type: ignore[arg-type]
                 case Persist(record):
                     self._write(record)
+                    self._world.faults.reached("lighthouse:Persist", None)
                 case Close(link, reason):
                     process = self._links.pop(link, None)
                     if process is not None:
@@ -94,8 +97,10 @@ class LighthouseNode:
             if self.machine is None or life != self._lives:
                 return
             self.disk = record
-            self._writing = False
-            self._drain_queue()
+            self._world.faults.reached("lighthouse:Persisted", None)
+            if life == self._lives and self.machine is not None:
+                self._writing = False
+                self._drain_queue()
 
         self._world.after_delay("fsync", written)
 

@@ -49,15 +49,16 @@ class Delays:
     transfer: tuple[float, float] = (0.001, 0.05)
     fsync: tuple[float, float] = (0.0002, 0.004)
     notice_of_death: tuple[float, float] = (0.001, 0.05)
+    wake: tuple[float, float] = (0.0, 0.001)  # until a waiting training thread sees what the link thread changed
+    startup: tuple[float, float] = (0.0, 0.02)  # from the start of a process until it is ready to join
 
 
 class Channel:
     """One direction of a link: FIFO, and closed for good once closed."""
 
-    def __init__(self, clock: Clock, rng: random.Random, delay: tuple[float, float]) -> None:
+    def __init__(self, clock: Clock, draw_delay: Callable[[], float]) -> None:
         self._clock = clock
-        self._rng = rng
-        self._delay = delay
+        self._draw_delay = draw_delay
         self._last_at = 0.0
         self.stalled_until = 0.0
         self.is_open = True
@@ -65,7 +66,7 @@ class Channel:
     def send(self, deliver: Callable[[], None]) -> None:
         if not self.is_open:
             return
-        when = max(self._clock.now + self._rng.uniform(*self._delay), self._last_at, self.stalled_until)
+        when = max(self._clock.now + self._draw_delay(), self._last_at, self.stalled_until)
         self._last_at = when
         self._clock.at(when, lambda: self._arrive(deliver))
 
@@ -157,12 +158,14 @@ class Collectives:
         """`member` died, or severed this quorum: what it has not completed ends; the others may or may not notice."""
         self._gone.setdefault(quorum_id, {})[member] = None
         for operation in list(self._operations.get(quorum_id, {}).values()):
-            operation.waiting.pop(member, None)
+            # A result that is there already may still reach the thread that waits for it, after the freeze (L7).
+            if operation.result is None or self._rng.random() < 0.5:
+                operation.waiting.pop(member, None)
             if operation.result is None:
                 self._fail(operation, list(operation.waiting))
             elif self._rng.random() < 0.5:
                 # It leaves while bytes are under way: some of those who have not got the result never will.
-                late = [m for m in operation.waiting if self._rng.random() < 0.5]
+                late = [m for m in operation.waiting if m != member and self._rng.random() < 0.5]
                 for m in late:
                     operation.lost[m] = None
                 self._fail(operation, late)
