@@ -38,6 +38,7 @@ class Admission:
         self._detector = detector
         self._changes = changes
         self._contenders: dict[int, Contender] = {}
+        self._waits_as: dict[str, MemberId] = {}  # who was last a joiner under a replica_id
 
     def is_contending(self, link: int) -> bool:
         return link in self._contenders
@@ -174,8 +175,10 @@ class Admission:
             switch = Send(Switch(state.current.id, whole(state.current)), self._roster.links_of([member]))
             peer.learn(state.current.id)
             return [switch, *self._changes.resend_proposal(member)]
-        for older in [m for m in self._joiners if m.replica_id == member.replica_id]:
-            del self._joiners[older]
+        older = self._waits_as.get(member.replica_id)
+        if older is not None:
+            self._joiners.pop(older, None)
+        self._waits_as[member.replica_id] = member
         self._joiners[member] = None
         fields: dict[str, object] = {"member": str(member), "address": peer.hello.store}
         return [Log("member waits to join", fields)]

@@ -67,15 +67,20 @@ class JobState:
         self.leaving: dict[MemberId, None] = {}
         self.departed: dict[MemberId, bool] = {}  # who of known_members said Goodbye, and whether it held the state
         self.failures = 0
+        self._known_of: tuple[QuorumId | None, ...] = (None,)
+        self._known: dict[MemberId, Member] = {}
 
     @property
     def known_members(self) -> dict[MemberId, Member]:
         """Members of the current quorum and of every outstanding proposal, in a fixed order."""
-        members = {m.id: m for m in self.current.members} if self.current else {}
-        for proposal in self.proposals.values():
-            for member in proposal.members:
-                members.setdefault(member.id, member)
-        return members
+        key = (self.current.id if self.current else None, *self.proposals)
+        if key != self._known_of:  # asked for with every message, while quorums change seldom
+            members = {m.id: m for m in self.current.members} if self.current else {}
+            for proposal in self.proposals.values():
+                for member in proposal.members:
+                    members.setdefault(member.id, member)
+            self._known_of, self._known = key, members
+        return self._known
 
     def is_current(self, member: MemberId) -> bool:
         return self.current is not None and self.current.is_member(member)

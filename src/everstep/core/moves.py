@@ -3,7 +3,7 @@
 import dataclasses
 
 from everstep.core.recovery_plan import Claim
-from everstep.core.types import Lineage, MemberId, Quorum, QuorumId
+from everstep.core.types import Lineage, Quorum, QuorumId
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -111,7 +111,7 @@ class StateRecovered:
 
 @dataclasses.dataclass(frozen=True)
 class GradientsReduced:
-    """All reductions of the step completed in this quorum; `samples` digests who the contributors are and what they put in."""
+    """All reductions of the step completed in this quorum; `samples` digests who contributed what."""
 
     quorum_id: QuorumId
     contributors: int

@@ -5,6 +5,7 @@ on the wire are encoded as arrays.
 """
 
 import enum
+import functools
 import hashlib
 import re
 from collections.abc import Iterable
@@ -65,7 +66,7 @@ class Member(msgspec.Struct, frozen=True, array_like=True):
     recovery: str = ""
 
 
-class Quorum(msgspec.Struct, frozen=True, array_like=True):
+class Quorum(msgspec.Struct, frozen=True, array_like=True, dict=True):
     """An agreed membership. The position of a member is its replica_rank; `store` names who hosts the rendezvous."""
 
     id: QuorumId
@@ -76,14 +77,15 @@ class Quorum(msgspec.Struct, frozen=True, array_like=True):
     def member_ids(self) -> tuple[MemberId, ...]:
         return tuple(member.id for member in self.members)
 
+    @functools.cached_property
+    def _ranks(self) -> dict[MemberId, int]:
+        return {member.id: rank for rank, member in enumerate(self.members)}
+
     def rank_of(self, member: MemberId) -> int | None:
-        for rank, other in enumerate(self.members):
-            if other.id == member:
-                return rank
-        return None
+        return self._ranks.get(member)
 
     def is_member(self, member: MemberId) -> bool:
-        return self.rank_of(member) is not None
+        return member in self._ranks
 
 
 class Phase(enum.IntEnum):

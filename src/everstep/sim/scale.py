@@ -6,7 +6,7 @@ one process share the lists that real ones each keep; nothing else differs.
 
 import collections
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 from everstep.core.lighthouse import JobConfig, LighthouseMachine, LinkClosed, LinkMessage, LinkOpened
 from everstep.core.messages import Effect, MembersChange, Persist, Send, Sever, ToLighthouse, ToMember
@@ -89,12 +89,10 @@ class ScaleWorld:
         self._mail: collections.deque[tuple[int, ToLighthouse | ToMember, bool]] = collections.deque()
         self._from_lighthouse(self._machine.start(0.0))
 
-    def run(self) -> list[Episode]:
-        return [
-            self._episode("first quorum", self._found),
-            self._episode("failure", self._fail),
-            self._episode("join", self._join),
-        ]
+    def run(self) -> Iterator[Episode]:
+        yield self._episode("first quorum", self._found)
+        yield self._episode("failure", self._fail)
+        yield self._episode("join", self._join)
 
     def _episode(self, name: str, act: Callable[[], None]) -> Episode:
         began_at, messages = self.now, self.messages
@@ -189,8 +187,9 @@ class ScaleWorld:
             self._from_member(link, member.receive(reduced, self.now))
         votes = {link: member.cast_vote(True, self.now) for link, member in settled.items()}
         proposals = [vote.proposal for vote in votes.values() if vote is not None]
+        lowest, highest = min(proposals), max(proposals)
         for link, member in settled.items():
             vote = votes[link]
             assert vote is not None
-            ended = VoteEnded(vote.quorum_id, True, min(proposals), max(proposals))
+            ended = VoteEnded(vote.quorum_id, True, lowest, highest)
             self._from_member(link, member.receive(ended, self.now))
