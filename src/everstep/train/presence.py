@@ -21,7 +21,7 @@ from everstep.config import ManagerSettings
 from everstep.core.messages import Effect, Log, Send, Sever, ToMember
 from everstep.core.moves import Leave, LinkDown, LinkUp, ReplicaConfig, ReplicaEvent, TrainAlone
 from everstep.core.replica import Replica
-from everstep.errors import ConfigError, EverstepError, LighthouseRefused
+from everstep.errors import ConfigError, EverstepError, LighthouseRefused, LighthouseUnreachable
 from everstep.link.auth import Credentials
 from everstep.link.client import LinkClient
 from everstep.link.dial import LinkTarget
@@ -101,7 +101,8 @@ class Presence:
         self._client = LinkClient(target, self)
         self._client.start()
         try:
-            self._client.wait_open(self._settings.connect_timeout_s + 1.0)
+            if not self._client.wait_open(self._settings.connect_timeout_s + 10.0):
+                raise LighthouseUnreachable(f"the link to {lighthouse} neither opened nor failed; is this host stopped?")
         except BaseException:
             self._client.close()
             raise

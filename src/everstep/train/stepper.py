@@ -39,7 +39,7 @@ from everstep.train.presence import Presence
 from everstep.train.recovering import Recovery
 
 WAIT_SLICE_S = 0.5  # so that Python runs signal handlers while it waits
-SAY_WAITING_AFTER_S = 5.0
+SAY_WAITING_AFTER_S = 1.0
 CLAIM_BYTES = 512
 FETCH_AGAIN_S = (0.05, 2.0)
 
@@ -85,6 +85,7 @@ class Stepper:
         self._is_prepared = False  # before_vote ran for the reduction at hand
         self._objection = ""
         self._has_asked_to_join = False
+        self._said = ""  # what it was last said to wait for
         self._fetch_again_s = FETCH_AGAIN_S[0]
 
     # ---- what the rest of train/ calls
@@ -190,8 +191,9 @@ class Stepper:
         """Under the lock, which waiting gives up."""
         now = time.monotonic()
         if since == 0.0:
-            since = now
-        elif 0.0 <= now - since - SAY_WAITING_AFTER_S < WAIT_SLICE_S:
+            since, self._said = now, ""
+        elif now - since >= SAY_WAITING_AFTER_S and move.why != self._said:
+            self._said = move.why
             log.warning("waiting for %s", move.why)
         self._presence.changed.wait(WAIT_SLICE_S)
         return since
