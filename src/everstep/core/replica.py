@@ -8,7 +8,8 @@ Two threads share it under one lock, and every call is one critical section:
 
     RUNNING --GradientsReduced--> REDUCED --cast_vote--> VOTING --VoteEnded--> RUNNING (next step, or next attempt)
 
-A Notice freezes it wherever it is; the round's Grant says how the step goes on, in a new quorum.
+A Notice freezes it wherever it is; the round's Grant says how the step goes on, in a new quorum. All turns of the
+phase are in transitions.py.
 """
 
 from everstep.core.messages import (
@@ -49,6 +50,7 @@ from everstep.core.moves import (
     VoteEnded,
 )
 from everstep.core.replica_state import ReplicaState
+from everstep.core.transitions import Turn
 from everstep.core.types import (
     Action,
     LineageEntry,
@@ -169,7 +171,7 @@ class Replica(ReplicaState):
             case Switch():
                 return self._switch(message, now)
             case Refused():
-                return self._refused(message)
+                return self._refused(message, now)
         raise LocalProtocolError(f"unknown message {message!r}")
 
     def _welcome(self, message: Welcome, now: float) -> list[Effect]:
@@ -235,10 +237,10 @@ class Replica(ReplicaState):
         elif grant.action is Action.COMMIT:
             self._commit(now)
         elif grant.action is Action.VOTE:
-            self._set_phase(Phase.REDUCED, now)
+            self._turn(Turn.GRANTED_VOTE, now)
         elif grant.action is Action.REDUCE:
+            self._turn(Turn.GRANTED_REDUCE, now)
             self.tag, self.vote = None, None
-            self._set_phase(Phase.RUNNING, now)
         if grant.action is Action.ABORT:
             self._abort(grant.attempt + 1, now)
         return how
@@ -255,11 +257,11 @@ class Replica(ReplicaState):
         out: list[Effect] = self._leave_group()
         if switch.founding is not None and switch.founder in (None, self.member):
             self.lineage, self.attempt = switch.founding, 0
-        self._set_phase(Phase.RUNNING, now)
+        self._turn(Turn.STATE_TAKEN, now)
         self._enter(new)
         return [*out, Log("switched in", {"quorum": str(new.id), "members": len(new.members)})]
 
-    def _refused(self, message: Refused) -> list[Effect]:
+    def _refused(self, message: Refused, now: float) -> list[Effect]:
         if message.code is not RefusalCode.EVICTED:
             if message.code is not RefusalCode.STRANGER or self.lineage is None:
                 self.refusal = message
@@ -273,7 +275,8 @@ class Replica(ReplicaState):
         out += self._leave_group()
         self.member = MemberId(self.config.replica_id, message.incarnation)
         self.lineage, self.attempt = None, 0
-        self.tag, self.vote, self.phase = None, None, Phase.RUNNING
+        self.tag, self.vote = None, None
+        self._turn(Turn.EVICTED, now)
         self.is_frozen = False
         self.evictions += 1
         self.waiting_for = "an invitation to rejoin after " + message.detail
@@ -293,7 +296,7 @@ class Replica(ReplicaState):
             return []
         self.lineage, self.attempt = self.plan.lineage, self.plan.attempt
         self.is_settled = True
-        self._set_phase(Phase.RUNNING, now)
+        self._turn(Turn.STATE_TAKEN, now)
         return [Log("recovered", {"quorum": str(quorum_id), "step": self.step})]
 
     def _gradients_reduced(self, event: GradientsReduced, now: float) -> list[Effect]:
@@ -301,14 +304,14 @@ class Replica(ReplicaState):
             return []
         self.tag = LineageEntry(self.step + 1, self.attempt, event.quorum_id, event.contributors, event.samples)
         self.vote = None
-        self._set_phase(Phase.REDUCED, now)
+        self._turn(Turn.GRADIENTS_REDUCED, now)
         return []
 
     def _more_reductions(self, now: float) -> list[Effect]:
         """Back to RUNNING before the vote. The tag's digest counts reductions, so G3 never takes one for the other."""
         if self.phase is Phase.REDUCED and not self.is_frozen:
             self.tag = None
-            self._set_phase(Phase.RUNNING, now)
+            self._turn(Turn.MORE_REDUCTIONS, now)
         return []
 
     def cast_vote(self, is_ok: bool, now: float) -> VoteCast | None:
@@ -322,7 +325,7 @@ class Replica(ReplicaState):
         assert self.quorum is not None
         self.vote = self.vote if self.vote is not None else is_ok
         self.voted_for = max((q for q in self._proposals if q > self.quorum.id), default=self.quorum.id)
-        self._set_phase(Phase.VOTING, now)
+        self._turn(Turn.VOTE_CAST, now)
         return VoteCast(self.quorum.id, self.vote, self.voted_for)
 
     def _vote_ended(self, event: VoteEnded, now: float) -> list[Effect]:

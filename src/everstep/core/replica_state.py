@@ -3,6 +3,7 @@
 from everstep.core.messages import Effect, MembersChange, Refused, Sever, applied
 from everstep.core.moves import Build, Move, Recover, Reduce, ReplicaConfig, Vote, Wait
 from everstep.core.recovery_plan import Claim, RecoveryPlan, plan_recovery
+from everstep.core.transitions import Turn, after
 from everstep.core.types import (
     NO_ROUND,
     FailureRound,
@@ -159,17 +160,20 @@ class ReplicaState:
     def _commit(self, now: float) -> None:
         if self.tag is None or self.lineage is None:
             raise LocalProtocolError(f"nothing to commit: {self.report()}")
-        self.lineage = self.lineage.extended(self.tag)
-        self._begin_attempt(0, now)
+        lineage = self.lineage.extended(self.tag)
+        self._turn(Turn.COMMITTED, now)
+        self.lineage = lineage
+        self._begin_attempt(0)
 
     def _abort(self, next_attempt: int, now: float) -> None:
-        self._begin_attempt(next_attempt, now)
+        self._turn(Turn.ABORTED, now)
+        self._begin_attempt(next_attempt)
 
-    def _begin_attempt(self, attempt: int, now: float) -> None:
+    def _begin_attempt(self, attempt: int) -> None:
         self.attempt = attempt
         self.tag, self.vote, self.voted_for = None, None, None
-        self._set_phase(Phase.RUNNING, now)
 
-    def _set_phase(self, phase: Phase, now: float) -> None:
-        self.phase = phase
+    def _turn(self, turn: Turn, now: float) -> None:
+        """The one place where the phase changes."""
+        self.phase = after(self.phase, turn)
         self._phase_since = now
