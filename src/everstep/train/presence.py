@@ -17,6 +17,7 @@ from urllib.parse import urlsplit
 from everstep.collectives.gloo import GlooProcessGroup
 from everstep.collectives.process_group import ReconfigurableProcessGroup
 from everstep.collectives.store import HostedStore
+from everstep.collectives.with_lane import ProcessGroupWithLane
 from everstep.config import ManagerSettings
 from everstep.core.messages import Effect, Log, Send, Sever, ToMember
 from everstep.core.moves import Leave, LinkDown, LinkUp, ReplicaConfig, ReplicaEvent, TrainAlone
@@ -72,7 +73,7 @@ class Presence:
             self.feed(TrainAlone("alone"))
             return
         host = self._host or _address_towards(lighthouse)
-        self.group = GlooProcessGroup(bind_host=host)
+        self.group = ProcessGroupWithLane(GlooProcessGroup(bind_host=host), host)
         self._store = HostedStore(host)
         self._store.start()
         self.server = RecoveryServer(ServerOptions(auth=self.auth))
@@ -102,7 +103,9 @@ class Presence:
         self._client.start()
         try:
             if not self._client.wait_open(self._settings.connect_timeout_s + 10.0):
-                raise LighthouseUnreachable(f"the link to {lighthouse} neither opened nor failed; is this host stopped?")
+                raise LighthouseUnreachable(
+                    f"the link to {lighthouse} neither opened nor failed; is this host stopped?"
+                )
         except BaseException:
             self._client.close()
             raise

@@ -9,7 +9,7 @@ from typing import Protocol
 from everstep.core.moves import Recover
 from everstep.core.recovery_plan import RecoveryPlan
 from everstep.core.types import Lineage, Quorum, QuorumId
-from everstep.errors import ConfigError
+from everstep.errors import ConfigError, RecoveryFailed, RemoteProtocolError
 from everstep.recovery import Fetch, FetchRequest, Snapshot
 from everstep.train.presence import Presence
 
@@ -102,8 +102,11 @@ class Recovery:
             expected=self._state.save(),
             auth=self._presence.auth,
         )
-        with self._presence.fetching(Fetch(request)) as fetch:
-            state = fetch.run()
+        try:
+            with self._presence.fetching(Fetch(request)) as fetch:
+                state = fetch.run()
+        except RemoteProtocolError as error:  # from something else at that address, or a broken peer: ask again
+            raise RecoveryFailed(f"{source.recovery} sent what no source sends: {error}") from error
         fetched_at = time.monotonic()
         self._state.load(state)
         log.info(
