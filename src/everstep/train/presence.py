@@ -73,7 +73,7 @@ class Presence:
             self.feed(TrainAlone("alone"))
             return
         host = self._host or _address_towards(lighthouse)
-        self.group = ProcessGroupWithLane(GlooProcessGroup(bind_host=host), host)
+        self.group = ProcessGroupWithLane(GlooProcessGroup(bind_host=host, threads=2), host)
         self._store = HostedStore(host)
         self._store.start()
         self.server = RecoveryServer(ServerOptions(auth=self.auth))
