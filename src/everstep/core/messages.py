@@ -27,13 +27,13 @@ PROTOCOL_VERSION = 1
 class Cause(str, enum.Enum):
     """What kind of evidence says that a member failed."""
 
-    LINK_CLOSED = "link-closed"
-    SILENT = "silent"
+    LINK_CLOSED = "link-closed"  # without Goodbye, and not open again within the grace
+    SILENT = "silent"  # nothing heard on an open link for the heartbeat timeout
     SUPERSEDED = "superseded"  # a newer incarnation of it said Hello
-    LEFT = "left"
-    COLLECTIVE_FAILED = "collective-failed"
-    NO_READY = "no-ready"  # it did not answer a round before the join deadline
-    BROKEN_PATH = "broken-path"
+    LEFT = "left"  # said Goodbye while the others go on
+    COLLECTIVE_FAILED = "collective-failed"  # a member said Failed; nobody need have died
+    NO_READY = "no-ready"  # it did not answer a round within the heartbeat timeout
+    BROKEN_PATH = "broken-path"  # two members cannot reach each other (reserved; not raised yet)
     OUT_OF_STEP = "out-of-step"  # it (re)connected in a state that only a round can mend
 
 

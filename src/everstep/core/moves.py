@@ -86,7 +86,7 @@ class LinkUp:
 
 @dataclasses.dataclass(frozen=True)
 class LinkDown:
-    pass
+    """It closed; what is not said yet will be said by the next Hello."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -164,15 +164,15 @@ class Report(msgspec.Struct, frozen=True, array_like=True):
 class RefusalCode(str, enum.Enum):
     """Why the lighthouse turns somebody away; only EVICTED and BUSY let the same process go on."""
 
-    EVICTED = "evicted"
-    REPLICA_ID_TAKEN = "replica-id-taken"
-    WRONG_JOB = "wrong-job"
+    EVICTED = "evicted"  # a grant left it out; it goes on under a new incarnation, without state
+    REPLICA_ID_TAKEN = "replica-id-taken"  # by another live process
+    WRONG_JOB = "wrong-job"  # not served here, or no job id at all
     STRANGER = "stranger"  # holds state of this job that this lighthouse knows nothing of
-    BAD_VERSION = "bad-version"
-    BAD_TOKEN = "bad-token"
-    BAD_CONFIG = "bad-config"
-    BUSY = "busy"
-    JOB_ENDED = "job-ended"
+    BAD_VERSION = "bad-version"  # another PROTOCOL_VERSION, or no client of ours
+    BAD_TOKEN = "bad-token"  # wrong or missing, on either side
+    BAD_CONFIG = "bad-config"  # settings that contradict each other; a journal that cannot be used
+    BUSY = "busy"  # no room for another job, or it is just starting anew; try again
+    JOB_ENDED = "job-ended"  # every member left while it was joining
 
 
 def natural_key(text: str) -> tuple[tuple[int, int, str], ...]:

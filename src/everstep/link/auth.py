@@ -37,6 +37,8 @@ class Challenge(msgspec.Struct, frozen=True, tag="challenge"):
 
 
 class Answer(msgspec.Struct, frozen=True, tag="answer"):
+    """Who the client is, and its proof."""
+
     version: int
     nonce: bytes
     job_id: str
@@ -45,6 +47,8 @@ class Answer(msgspec.Struct, frozen=True, tag="answer"):
 
 
 class Accepted(msgspec.Struct, frozen=True, tag="accepted"):
+    """The server's proof; Hello may follow."""
+
     mac: str = ""
 
 
