@@ -244,6 +244,16 @@ def _fork_idle_child(state: _State) -> int:
     return pid
 
 
+def _fork_and_finalize(state: _State) -> int:
+    """The exit status of a child that drops everything it inherited and ends as a program does."""
+    pid = os.fork()
+    if pid == 0:
+        state.pg.close()
+        state.pg = GlooProcessGroup()
+        os._exit(7)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
 def _load_data(state: _State) -> list[float]:
     """Through a DataLoader whose workers are forks of this process."""
     data = TensorDataset(torch.arange(8.0))
@@ -284,6 +294,7 @@ ORDERS: dict[str, Callable[..., Any]] = {
     "host": _host,
     "census": _census,
     "fork": _fork_idle_child,
+    "fork_and_finalize": _fork_and_finalize,
     "load_data": _load_data,
     "stop_before_connecting": _stop_before_connecting,
     "ping": lambda state: None,

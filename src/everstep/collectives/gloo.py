@@ -55,7 +55,7 @@ class GlooProcessGroup(ReconfigurableProcessGroup):
             self._newest = membership.quorum_id
             self._building = group
         if self._lift_guard is None:
-            self._lift_guard = fork_guard.guard(self._fds)
+            self._lift_guard = fork_guard.guard(self._fds_in_child)
         try:
             self._start(lambda: _build(group))
             _await_build(group)
@@ -159,9 +159,11 @@ class GlooProcessGroup(ReconfigurableProcessGroup):
         self._helpers.append(helper)
         helper.start()
 
-    def _fds(self) -> Iterable[int]:
-        groups = (self._building, self._current, *self._previous)
-        return [fd for group in groups if group is not None for fd in group.fds()]
+    def _fds_in_child(self) -> Iterable[int]:
+        groups = [g for g in (self._building, self._current, *self._previous) if g is not None]
+        for group in groups:
+            group.keep()
+        return [fd for group in groups for fd in group.fds()]
 
 
 def _build(group: GlooGroup) -> None:

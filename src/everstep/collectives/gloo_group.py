@@ -203,6 +203,11 @@ class GlooGroup:
             pythons.append(self._client.fileno())
         return [opened.fd for opened in known if is_open(opened)] + [fd for fd in pythons if fd >= 0]
 
+    def keep(self) -> None:
+        """In a forked child: never free torch's group, which would join threads that are the parent's alone."""
+        if self._gloo is not None:
+            torch_private.keep_beyond_exit(self._gloo)
+
     def drain(self, deadline: float) -> bool:
         """Wait until no operation of a severed group can touch its tensor any more; False when `deadline` passed."""
         return all(work.settle(deadline) for work in tuple(self._pending))
@@ -213,8 +218,10 @@ class GlooGroup:
         if self._linger is None:
             self.cut(is_idle=not self._pending)
         self.drain(time.monotonic() + SETTLE_TIMEOUT_S)
-        if self._linger is not None:
-            self._linger.join()
+        with self._cutting:
+            linger = self._linger
+        if linger is not None:
+            linger.join()
         self._let_go()
         if self._gloo is not None and self._stuck:
             park(self._gloo, self._stuck)
