@@ -17,6 +17,15 @@ hypothesis.settings.register_profile("soak", deadline=None, max_examples=5000)
 hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "default")
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--rewrite", action="store_true", help="record the transcripts of tests/core anew")
+
+
+@pytest.fixture
+def rewrite(request: pytest.FixtureRequest) -> bool:
+    return bool(request.config.getoption("--rewrite"))
+
+
 @pytest.fixture(scope="session", autouse=True)
 def leak_watch(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LeakWatch]:
     """Fails the session when anything that the tests made is still there after the last fixture."""

@@ -96,7 +96,8 @@ class FailureDetector:
     def _forgive_own_lateness(self, now: float) -> None:
         if self._wake_at is None or now - self._wake_at < LATENESS_MIN_S:
             return
-        lateness = now - self._wake_at
+        # And a moment more, to read what has arrived meanwhile: the earliest deadline plus the lateness is now.
+        lateness = now - self._wake_at + LATENESS_MIN_S
         self._wake_at = None
         for member in self._deadline:
             self._set(member, self._deadline[member] + lateness)

@@ -4,13 +4,14 @@ import argparse
 import sys
 import time
 
+from everstep.core.replica import Replica
 from everstep.sim.scale import ScaleWorld
 from everstep.sim.world import World
 
 SCALE_GROUPS_MIN = 1000  # from here on it is about cost: one quorum, one failure, one join
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(argv: list[str] | None = None, *, replica_type: type[Replica] = Replica) -> int:
     parser = argparse.ArgumentParser(prog="python -m everstep.sim", description=__doc__)
     parser.add_argument("--seed", type=int, help="run this one and say what happened")
     parser.add_argument("--seeds", help="FROM:TO, run each and say what failed", default="0:100")
@@ -24,7 +25,7 @@ def main(argv: list[str] | None = None) -> int:
     counts: dict[str, int] = {}
     failed = 0
     for seed in seeds:
-        world = World(seed, groups=args.groups or 2 + seed % 4, steps=args.steps)
+        world = World(seed, groups=args.groups or 2 + seed % 4, steps=args.steps, replica_type=replica_type)
         if args.trace:
             world.trace = _print_line
         outcome = world.run()

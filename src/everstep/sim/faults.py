@@ -142,9 +142,14 @@ class Injector:
         self._faults = faults
         drawn = [Trigger.drawn(self._rng) for _ in range(faults.at_points)]
         self._waiting: list[tuple[Trigger, list[int]]] = [(t, [0]) for t in (*triggers, *drawn)]
+        self._unstruck = len(triggers)  # of those that were asked for: the faulty part lasts until they struck
         self._vetoes = 0
         self._is_calm = False
         self.done: list[str] = []
+
+    @property
+    def is_spent(self) -> bool:
+        return self._unstruck <= 0
 
     def schedule(self, window: float) -> float:
         """Draw when each fault happens; returns when the last one has."""
@@ -185,6 +190,7 @@ class Injector:
 
     def _pull(self, trigger: Trigger, process: "Process | None") -> None:
         def strike() -> None:
+            self._unstruck -= 1
             if not self._is_calm:
                 victim = self._victim_of(trigger, process)
                 self._strike(trigger.fault, victim, trigger.seconds)

@@ -1,0 +1,381 @@
+"""A stage for recorded transcripts: one lighthouse machine, some members, and a prompter who says what happens.
+
+Each command of a transcript makes something happen; messages then travel at once, in order, but for those of members
+that are held. Everything that the machines return is written down. Idea: etcd raft's data-driven tests.
+"""
+
+import dataclasses
+from collections.abc import Callable
+
+from everstep.core.lighthouse import Event, JobConfig, LighthouseMachine, LinkClosed, LinkMessage, LinkOpened
+from everstep.core.messages import (
+    Adopted,
+    Close,
+    Effect,
+    Failed,
+    Goodbye,
+    Grant,
+    Hello,
+    JournalRecord,
+    Log,
+    MembersChange,
+    Notice,
+    Persist,
+    Proposal,
+    Ready,
+    Refused,
+    Send,
+    Sever,
+    Switch,
+    ToLighthouse,
+    ToMember,
+    Waiting,
+    Welcome,
+)
+from everstep.core.moves import (
+    AskToLeave,
+    BarrierEnded,
+    Build,
+    CollectiveFailed,
+    GradientsReduced,
+    Leave,
+    LinkDown,
+    LinkUp,
+    ReadyToJoin,
+    ReplicaConfig,
+    ReplicaEvent,
+    StateRecovered,
+    VoteCast,
+    VoteEnded,
+)
+from everstep.core.recovery_plan import Claim
+from everstep.core.replica import Replica
+from everstep.core.types import MemberId, Quorum, QuorumId, Report
+
+
+@dataclasses.dataclass
+class Actor:
+    name: str
+    replica: Replica
+    link: int = 0  # 0: down
+    is_alive: bool = True
+    is_held: bool = False
+    up: list[ToLighthouse] = dataclasses.field(default_factory=list)
+    down: list[ToMember] = dataclasses.field(default_factory=list)
+    cast: VoteCast | None = None
+
+
+class Stage:
+    """`run` performs one command and returns what was written down."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+        self.actors: dict[str, Actor] = {}
+        self.lighthouse: LighthouseMachine | None = None
+        self._config = JobConfig(job_id="job", lighthouse="lh", history="h", join_timeout_s=5.0)
+        self._disk: JournalRecord | None = None
+        self._expected = 0
+        self._links = 0
+        self._votes: dict[QuorumId, dict[MemberId, VoteCast]] = {}
+        self._lines: list[str] = []
+
+    def run(self, line: str) -> str:
+        command, *words = line.split()
+        self._lines = []
+        act: Callable[..., None] = getattr(self, f"do_{command}")
+        act(*words)
+        self._deliver()
+        return "\n".join(self._lines)
+
+    # ---- the world
+
+    def do_groups(self, count: str, min_replicas: str = "1") -> None:
+        self._expected = int(count)
+        self._config = dataclasses.replace(self._config, min_replicas=int(min_replicas))
+
+    def do_lighthouse(self, what: str, identity: str = "lh") -> None:
+        """start | crash, then everybody's link is down."""
+        if what == "start":
+            if identity != "lh":
+                self._config, self._disk = dataclasses.replace(self._config, lighthouse=identity), None
+            self.lighthouse = LighthouseMachine(self._config, self._disk)
+            self._lighthouse_did(self.lighthouse.start(self.now))
+            return
+        self.lighthouse = None
+        for actor in self.actors.values():
+            if actor.link:
+                self._cut(actor)
+
+    def do_start(self, *names: str) -> None:
+        for name in names:
+            replica_id = name.rstrip("'")
+            config = ReplicaConfig(replica_id=replica_id, nonce=name, store=name, expected_replicas=self._expected)
+            self.actors[name] = Actor(name, Replica(config))
+            self._tell(self.actors[name], ReadyToJoin())
+            self.do_connect(name)
+
+    def do_connect(self, *names: str) -> None:
+        for name in names:
+            actor = self.actors[name]
+            self._links += 1
+            actor.link = self._links
+            self._feed_lighthouse(LinkOpened(actor.link))
+            self._tell(actor, LinkUp())
+
+    def do_disconnect(self, name: str) -> None:
+        actor = self.actors[name]
+        link = actor.link
+        self._cut(actor)
+        self._feed_lighthouse(LinkClosed(link, "lost"))
+
+    def do_kill(self, name: str) -> None:
+        actor = self.actors[name]
+        actor.is_alive = False
+        if actor.link:
+            link, actor.link = actor.link, 0
+            actor.up.clear()
+            actor.down.clear()
+            self._feed_lighthouse(LinkClosed(link, "killed"))
+
+    def do_vanish(self, name: str) -> None:
+        """It dies, and nobody is told: its host is gone."""
+        self.actors[name].is_alive = False
+        self.actors[name].is_held = True
+
+    def do_hold(self, *names: str) -> None:
+        for name in names:
+            self.actors[name].is_held = True
+
+    def do_release(self, *names: str) -> None:
+        for name in names:
+            self.actors[name].is_held = False
+
+    def do_wait(self, seconds: str) -> None:
+        """Time passes; heartbeats are sent and not written down."""
+        until = self.now + float(seconds)
+        while True:
+            machines: list[tuple[float, int, Actor | None]] = []
+            if self.lighthouse is not None and (due := self.lighthouse.next_deadline()) is not None:
+                machines.append((due, 0, None))
+            for i, actor in enumerate(a for a in self.actors.values() if a.is_alive):
+                if (due := actor.replica.next_deadline()) is not None:
+                    machines.append((due, i + 1, actor))
+            machines.sort(key=lambda entry: entry[:2])
+            if not machines or machines[0][0] > until:
+                break
+            self.now = max(self.now, machines[0][0])
+            actor_due = machines[0][2]
+            if actor_due is not None:
+                self._member_did(actor_due, actor_due.replica.tick(self.now))
+            elif self.lighthouse is not None:
+                self._lighthouse_did(self.lighthouse.tick(self.now))
+            self._deliver()
+        self.now = until
+
+    # ---- the members
+
+    def do_build(self, *names: str) -> None:
+        """The barrier of their quorum ends on these members; everybody in it takes part."""
+        for name in names:
+            actor = self.actors[name]
+            quorum = actor.replica.quorum
+            assert quorum is not None
+            self._tell(
+                actor, BarrierEnded(quorum.id, tuple(self._claim_of(quorum, member) for member in quorum.member_ids))
+            )
+
+    def do_recover(self, *names: str) -> None:
+        for name in names:
+            quorum = self.actors[name].replica.quorum
+            assert quorum is not None
+            self._tell(self.actors[name], StateRecovered(quorum.id))
+
+    def do_reduce(self, *names: str) -> None:
+        for name in names:
+            quorum = self.actors[name].replica.quorum
+            assert quorum is not None
+            self._tell(self.actors[name], GradientsReduced(quorum.id, len(quorum.members), b"s"))
+
+    def do_vote(self, *words: str) -> None:
+        """vote NAME ok|no ..."""
+        for name, ok in zip(words[::2], words[1::2], strict=True):
+            actor = self.actors[name]
+            cast = actor.replica.cast_vote(ok == "ok", self.now)
+            if cast is None:
+                self._write(f"{name} may not vote")
+                continue
+            self._votes.setdefault(cast.quorum_id, {})[actor.replica.member] = cast
+            self._write(f"{name} votes {'ok' if cast.is_ok else 'no'} for {cast.proposal} in {cast.quorum_id}")
+
+    def do_voted(self, *names: str) -> None:
+        """The result of the vote reaches these members."""
+        for name in names:
+            actor = self.actors[name]
+            quorum = actor.replica.quorum
+            assert quorum is not None
+            votes = [self._votes[quorum.id][member] for member in quorum.member_ids]
+            proposals = [vote.proposal for vote in votes]
+            is_ok = all(vote.is_ok for vote in votes)
+            self._tell(actor, VoteEnded(quorum.id, is_ok, min(proposals), max(proposals)))
+
+    def do_step(self, *names: str) -> None:
+        """A whole step with nothing to tell: reduced, voted ok, committed."""
+        self.do_reduce(*names)
+        self.do_vote(*(word for name in names for word in (name, "ok")))
+        self.do_voted(*names)
+
+    def do_fail(self, name: str, peer: str = "") -> None:
+        """A collective fails on it, naming the peer of that rank."""
+        quorum = self.actors[name].replica.quorum
+        assert quorum is not None
+        self._tell(self.actors[name], CollectiveFailed(quorum.id, int(peer) if peer else None, "connection reset"))
+
+    def do_drain(self, name: str) -> None:
+        self._tell(self.actors[name], AskToLeave())
+
+    def do_leave(self, name: str) -> None:
+        self._tell(self.actors[name], Leave("training is done"))
+
+    def do_show(self) -> None:
+        for actor in (a for a in self.actors.values() if a.is_alive):
+            replica = actor.replica
+            flags = [word for word, is_so in (("frozen", replica.is_frozen), ("settled", replica.is_settled)) if is_so]
+            quorum = replica.quorum.id if replica.quorum else "none"
+            where = f"quorum {quorum}, step {replica.step}, attempt {replica.attempt}, {replica.phase.name}"
+            move = replica.next_move()
+            why = f" ({move.why})" if hasattr(move, "why") else ""
+            self._write(f"{actor.name} {replica.member}: {where} {' '.join(flags)}; {type(move).__name__}{why}")
+
+    # ---- plumbing
+
+    def _claim_of(self, quorum: Quorum, member: MemberId) -> Claim:
+        for actor in self.actors.values():
+            if actor.replica.member == member:
+                move = actor.replica.next_move()
+                if isinstance(move, Build):
+                    return move.claim
+        return self._settled_claim(quorum)
+
+    def _settled_claim(self, quorum: Quorum) -> Claim:
+        """Of one that is past the barrier: what those who are not past it claim with state is what it claimed."""
+        for actor in self.actors.values():
+            if quorum.is_member(actor.replica.member) and actor.replica.plan is not None:
+                plan = actor.replica.plan
+                return Claim(plan.lineage, plan.attempt)
+        raise AssertionError("nobody claims the state")
+
+    def _cut(self, actor: Actor) -> None:
+        actor.link = 0
+        actor.up.clear()
+        actor.down.clear()
+        self._tell(actor, LinkDown())
+
+    def _tell(self, actor: Actor, event: ToMember | ReplicaEvent) -> None:
+        self._member_did(actor, actor.replica.receive(event, self.now))
+
+    def _member_did(self, actor: Actor, effects: list[Effect]) -> None:
+        for effect in effects:
+            match effect:
+                case Send(message, _):
+                    if type(message).__name__ != "Heartbeat":
+                        self._write(f"{actor.name} -> {_described(message)}")
+                    if actor.link:
+                        actor.up.append(message)  # type: ignore[arg-type]
+                case Sever(up_to):
+                    self._write(f"{actor.name} severs {up_to}")
+                case Log(event, fields):
+                    self._write(f"{actor.name} logs {event}: {_fields(fields)}")
+
+    def _feed_lighthouse(self, event: Event) -> None:
+        if self.lighthouse is not None:
+            self._lighthouse_did(self.lighthouse.receive(event, self.now))
+
+    def _lighthouse_did(self, effects: list[Effect]) -> None:
+        for effect in effects:
+            match effect:
+                case Send(message, links):
+                    to = [a for a in self.actors.values() if a.link in links]
+                    self._write(f"    lighthouse -> {','.join(a.name for a in to)}: {_described(message)}")
+                    for actor in to:
+                        actor.down.append(message)  # type: ignore[arg-type]
+                case Persist(record):
+                    self._disk = record
+                    current = _listed(record.current) if record.current else "no quorum"
+                    proposals = "".join(f", proposed {_listed(q)}" for q in record.proposals)
+                    self._write(f"    lighthouse writes: epoch {record.epoch}, {current}{proposals}")
+                case Close(link, reason):
+                    for actor in self.actors.values():
+                        if actor.link == link:
+                            self._write(f"    lighthouse closes {actor.name}: {reason}")
+                            self._cut(actor)
+                            self._feed_lighthouse(LinkClosed(link, reason))
+                case Log(event, fields):
+                    self._write(f"    lighthouse logs {event}: {_fields(fields)}")
+
+    def _deliver(self) -> None:
+        moved = True
+        while moved:
+            moved = False
+            for actor in list(self.actors.values()):
+                if actor.is_held or not actor.link:
+                    continue
+                if actor.up:
+                    moved = True
+                    self._feed_lighthouse(LinkMessage(actor.link, actor.up.pop(0)))
+                elif actor.down and actor.is_alive:
+                    moved = True
+                    self._tell(actor, actor.down.pop(0))
+
+    def _write(self, line: str) -> None:
+        self._lines.append(line)
+
+
+def _fields(fields: dict[str, object]) -> str:
+    return " ".join(f"{key}={value}" for key, value in fields.items())
+
+
+def _listed(quorum: Quorum) -> str:
+    return f"{quorum.id}({' '.join(map(str, quorum.member_ids))})"
+
+
+def _reported(report: Report) -> str:
+    state = f"step {report.step} attempt {report.attempt} {report.phase.name}" if report.has_state else "no state"
+    vote = {None: "", True: " voted ok", False: " voted no"}[report.vote]
+    where = f" in {report.quorum_id}" if report.quorum_id else ""
+    return f"{report.member} {state}{vote}{where}{' unsettled' if report.is_unsettled and report.has_state else ''}"
+
+
+def _changed(change: MembersChange) -> str:
+    base = f"{change.base}" if change.base else "all"
+    return " ".join([base, *(f"+{m.id}" for m in change.added), *(f"-{m}" for m in change.removed)])
+
+
+def _described(message: ToLighthouse | ToMember) -> str:
+    kind = type(message).__name__
+    match message:
+        case Hello(report):
+            return f"{kind} {_reported(report)}"
+        case Ready(round_, report):
+            return f"{kind} {round_}: {_reported(report)}"
+        case Adopted(quorum_id):
+            return f"{kind} {quorum_id}"
+        case Failed(quorum_id, peer, detail):
+            return f"{kind} {quorum_id} peer {peer}: {detail}"
+        case Goodbye(reason, had_state):
+            return f"{kind} {reason}{' (had the state)' if had_state else ''}"
+        case Welcome(member):
+            return f"{kind} {member}"
+        case Waiting(reason):
+            return f"{kind}: {reason}"
+        case Proposal(quorum_id, members):
+            return f"{kind} {quorum_id}: {_changed(members)}"
+        case Switch(quorum_id, members, founding, founder):
+            founds = f" founding {founding}, state from {founder}" if founding else ""
+            return f"{kind} {quorum_id}: {_changed(members)}{founds}"
+        case Notice(round_, victims, cause):
+            return f"{kind} {round_}: {cause.value} {' '.join(map(str, victims)) or 'nobody'}"
+        case Grant(round_, quorum_id, members, step, attempt, action):
+            return f"{kind} {round_} -> {quorum_id}: {_changed(members)}; step {step} attempt {attempt} {action.name}"
+        case Refused(code, detail, _, incarnation):
+            return f"{kind} {code.value}: {detail}{f' (now #{incarnation})' if incarnation else ''}"
+    return kind

@@ -1,0 +1,36 @@
+"""Stories told by the machines, line by line. After a wanted change: `pytest tests/core --rewrite`, and read the diff.
+
+A transcript is a list of commands (`> command`, see stage.py), each with what the machines did then; `#` comments.
+"""
+
+from pathlib import Path
+
+import pytest
+
+from tests.core.stage import Stage
+
+TRANSCRIPTS = sorted((Path(__file__).parent / "transcripts").glob("*.txt"))
+
+
+@pytest.mark.parametrize("path", TRANSCRIPTS, ids=lambda path: str(path.stem))
+def test_the_machines_still_tell_the_story(path: Path, rewrite: bool) -> None:
+    recorded = path.read_text()
+    told = _tell(recorded)
+    if rewrite:
+        path.write_text(told)
+    assert told == path.read_text()
+
+
+def test_there_are_stories() -> None:
+    assert len(TRANSCRIPTS) >= 15
+
+
+def _tell(recorded: str) -> str:
+    stage, lines = Stage(), []
+    for line in recorded.splitlines():
+        if line.startswith("> "):
+            output = stage.run(line[2:])
+            lines.append("\n".join(filter(None, [line, output])))
+        elif line.startswith("#") or not line:
+            lines.append(line)
+    return "\n".join(lines) + "\n"

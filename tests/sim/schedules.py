@@ -1,0 +1,149 @@
+"""Explicit schedules and budgets: the fault budgets of the executable model, and its scripted counterexamples."""
+
+from everstep.sim.faults import CLIMATES, Climate, Faults, Trigger
+from everstep.sim.network import Delays
+
+LAN = CLIMATES[0]
+HASTY = next(climate for climate in CLIMATES if climate.name == "hasty")
+HEAVY = next(climate for climate in CLIMATES if climate.name == "heavy")
+SLOW_DISK = Climate(name="slow-disk", delays=Delays(fsync=(0.5, 0.5)), link_grace_s=0.0)
+
+
+def at(point: str, fault: str, victim: str = "self", *, nth: int = 1, by: str | None = None, **more: float) -> Trigger:
+    return Trigger(
+        point=point,
+        fault=fault,
+        victim=victim,
+        nth=nth,
+        by=by,
+        after_s=more.get("after_s", 0.0),
+        seconds=more.get("seconds"),
+    )
+
+
+# The model's CFG and tgt.py's T, with this world's words: err = error, suspect = a stalled link, deadline = a process
+# that is stopped for longer than a round waits, lhcrash = lighthouse, restart comes with every kill.
+MODEL_BUDGETS: dict[str, tuple[int, Faults]] = {
+    "rnd3": (3, Faults(error=2, kill=1)),
+    "stk2": (2, Faults(veto=1, kill=1)),
+    "fork2": (2, Faults(link=2, stall=1, lighthouse=1, stop=1)),
+    "fork3": (3, Faults(stall=2, lighthouse=1)),
+    "ep2": (2, Faults(lighthouse=2, error=1)),
+    "ep3": (3, Faults(lighthouse=2, stall=1)),
+    "crash2": (2, Faults(kill=1)),
+    "crash3b": (3, Faults(kill=2)),
+    "susp2b": (2, Faults(stall=2)),
+    "susp3": (3, Faults(stall=1, kill=1)),
+    "link2": (2, Faults(link=1, stall=1)),
+    "veto2e": (2, Faults(veto=1, error=1)),
+    "veto3": (3, Faults(veto=1, kill=1)),
+    "join1": (1, Faults(join=1, kill=1)),
+    "join1e": (1, Faults(join=1, error=1, kill=1)),
+    "join1l": (1, Faults(join=1, link=1, stall=1)),
+    "join2": (2, Faults(join=1, kill=1)),
+    "join3": (2, Faults(join=2)),
+    "joinlh": (1, Faults(join=1, lighthouse=1)),
+    "lh2d": (2, Faults(lighthouse=1, stall=1, stop=1)),
+    "lh3": (3, Faults(lighthouse=1, stall=2)),
+    "lhlh3": (3, Faults(lighthouse=2, kill=1)),
+    "errs3": (3, Faults(error=1, stall=1)),
+    "drain2": (2, Faults(drain=1, kill=1)),
+    "t-round": (3, Faults(error=2, stall=1, kill=1)),
+    "t-journal": (3, Faults(stall=3, lighthouse=1)),
+    "t-epoch": (3, Faults(lighthouse=2, stop=2, error=1)),
+    "t-gtag": (3, Faults(error=2, stall=1, link=1)),
+    "t-evict": (3, Faults(error=1, stall=2, kill=1, link=1)),
+    "t-switch": (2, Faults(join=1, error=1, kill=1, link=1)),
+    "t-hresend": (2, Faults(error=1, link=1)),
+    "t-joinN": (2, Faults(join=1, kill=1, error=1)),
+    "t-minmax": (3, Faults(join=1, drain=1, kill=1)),
+    "held-back": (3, Faults(drain=1, link=1, stall=1)),
+}
+
+# A drained member votes for a quorum without itself, its result is lost, the others go on and cannot be heard.
+LEAVER_LEFT_ALONE = (
+    at("VoteEnded", "drain", by="g0", nth=3),
+    at("Proposal", "stall", by="g1", seconds=6.0),
+    at("Proposal", "stall", by="g2", seconds=6.0),
+    at("VoteCast", "error", by="g0", nth=4),
+)
+# g2 is left out while it is away; the record of that Grant is still being written when the lighthouse dies.
+GRANT_NOT_ON_DISK = (
+    at("VoteEnded", "link", by="g2", nth=3, seconds=1.0),
+    at("lighthouse:Persist", "lighthouse", nth=4, after_s=0.3, seconds=0.01),
+)
+# The first who sees a vote's result dies of it.
+WHO_COMMITS_FIRST_DIES = tuple(at("VoteEnded", "kill", nth=n) for n in (4, 9, 14, 19, 24))
+# Everybody is frozen and answers; nobody is dead; the lighthouse forgets the round.
+ROUND_FORGOTTEN = (at("lighthouse:Ready", "lighthouse", seconds=0.01),)
+
+# A proposal misses the member whose link is just then down for a moment.
+PROPOSAL_MISSED = (
+    at("VoteEnded", "join", nth=4),
+    at("Proposal", "link", by="g0", seconds=0.005),
+    at("lighthouse:Persisted", "link", "g0", nth=4, seconds=0.005),
+)
+# Two proposals under way, and each of two members has another one of them.
+PROPOSALS_APART = (
+    at("VoteEnded", "join", nth=4),
+    at("lighthouse:Persisted", "link", "g1", nth=4, seconds=0.005),
+    at("Proposal", "stall_down", by="g0", seconds=1.0),
+    at("Proposal", "join", by="g0"),
+)
+# The lighthouse dies between the record of the first quorum and its Switch.
+FOUNDING_NOT_SENT = (at("lighthouse:Persisted", "lighthouse", nth=3, seconds=0.5),)
+
+# scripted.py and FINDINGS.md, as far as FIFO links let them happen; name -> (groups, triggers).
+SCRIPTED: dict[str, tuple[int, tuple[Trigger, ...]]] = {
+    "H1: who commits first is cut off": (2, (at("VoteEnded", "link", nth=4, seconds=0.5),)),
+    "H2: who commits first dies, the others may not change their vote": (3, WHO_COMMITS_FIRST_DIES),
+    "H3: an abort seen by one, then a round": (2, (at("VoteEnded", "error", nth=3),)),
+    "H4: two rounds in a row, the first to commit dies in between": (
+        2,
+        (at("VoteCast", "error", by="g0", nth=2), at("VoteEnded", "kill", by="g1", nth=3)),
+    ),
+    "H5: the Grant is lost with the link": (
+        2,
+        (at("VoteCast", "error", nth=5), at("Notice", "link", by="g0", after_s=0.001, seconds=0.05)),
+    ),
+    "H7: a minority goes on, the lighthouse restarts, the majority comes back": (
+        3,
+        (
+            at("VoteEnded", "stall", by="g1", nth=2, seconds=4.0),
+            at("VoteEnded", "stall", by="g2", nth=2, seconds=4.0),
+            at("Grant", "lighthouse", by="g0", after_s=0.05, seconds=0.5),
+        ),
+    ),
+    "H8: a fresh process while the quorum is cut off from a new lighthouse": (
+        2,
+        (at("VoteEnded", "stall", by="g0", nth=3, seconds=3.0), at("VoteEnded", "lighthouse", by="g1", nth=4)),
+    ),
+    "H9: the lighthouse dies between a record and its Grant": (
+        3,
+        (at("VoteEnded", "kill", by="g2", nth=3), at("lighthouse:Persisted", "lighthouse", nth=5, seconds=0.01)),
+    ),
+    "H12: the joiner dies as it is switched in": (2, (at("VoteEnded", "join", nth=4), at("Switch", "kill", nth=3))),
+    "H12f: a joiner's link is lost as it is switched in": (
+        2,
+        (at("VoteEnded", "join", nth=4), at("Switch", "link", nth=3, seconds=0.01)),
+    ),
+    "H13: a drained member never sees the vote's result": (3, LEAVER_LEFT_ALONE),
+    "H15: the round dies with the lighthouse": (3, (at("VoteCast", "error", nth=5), *ROUND_FORGOTTEN)),
+    "H16: killed between Notice and Ready": (3, (at("VoteCast", "error", nth=5), at("Notice", "kill"))),
+    "the founder stalls while founding": (3, (at("Switch", "stop", seconds=3.0),)),
+    "the founding Switch is lost": (5, FOUNDING_NOT_SENT),
+    "a proposal misses a member": (3, PROPOSAL_MISSED),
+    "H12b: two proposals, each known to one member": (2, PROPOSALS_APART),
+    "a replacement starts before its predecessor's death is noticed": (
+        3,
+        (at("VoteEnded", "kill_unnoticed", nth=5, seconds=0.0),),
+    ),
+    "a member leaves in the middle of a round": (
+        3,
+        (at("VoteCast", "error", nth=5), at("Notice", "leave", by="g1"), at("Notice", "stall_down", by="g2")),
+    ),
+    "two joiners in one round": (
+        2,
+        (at("VoteCast", "error", nth=5), at("Notice", "join"), at("Notice", "join", nth=2)),
+    ),
+}

@@ -1,0 +1,163 @@
+"""The checkers can fail: machines that lack a rule are caught, each within so many seeds."""
+
+import dataclasses
+from typing import Any
+
+import pytest
+
+from everstep.core.lighthouse import LighthouseMachine
+from everstep.core.replica import Replica
+from everstep.sim.faults import Climate, Faults, Trigger
+from everstep.sim.world import World
+from tests.sim import sabotage
+from tests.sim.schedules import (
+    FOUNDING_NOT_SENT,
+    GRANT_NOT_ON_DISK,
+    HASTY,
+    LAN,
+    LEAVER_LEFT_ALONE,
+    PROPOSAL_MISSED,
+    PROPOSALS_APART,
+    ROUND_FORGOTTEN,
+    SLOW_DISK,
+    WHO_COMMITS_FIRST_DIES,
+)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Sabotage:
+    """`seeds` from `seed` on must catch it; the same schedules are well without the sabotage."""
+
+    replica: type[Replica] = Replica
+    lighthouse: type[LighthouseMachine] = LighthouseMachine
+    seed: int = 0
+    seeds: int = 40
+    expect: str = ""
+    groups: int = 0
+    climate: Climate | None = None
+    faults: Faults | None = None
+    triggers: tuple[Trigger, ...] = ()
+
+    def worlds(self, **types: Any) -> Any:
+        for seed in range(self.seed, self.seed + self.seeds):
+            yield World(
+                seed,
+                groups=self.groups or 2 + seed % 4,
+                steps=10,
+                climate=self.climate,
+                faults=self.faults,
+                triggers=self.triggers,
+                **types,
+            )
+
+
+NOTHING = Faults()
+BUSY = Faults(kill=2, join=2, link=2, veto=2, error=2, drain=1)
+CASES = {
+    "a step is committed on one's own vote": Sabotage(replica=sabotage.CommitsOnItsOwnVote, expect="I2"),
+    "a proposal is adopted on MIN alone": Sabotage(
+        replica=sabotage.AdoptsOnMinAlone,
+        expect="never had",
+        groups=2,
+        climate=LAN,
+        faults=NOTHING,
+        triggers=PROPOSALS_APART,
+    ),
+    "a proposal is adopted on MAX alone": Sabotage(replica=sabotage.AdoptsOnMaxAlone, expect="never had"),
+    "results after a freeze count": Sabotage(replica=sabotage.TakesLateResults, faults=BUSY, climate=LAN, seeds=400),
+    "a vote may change, and COMMIT is voted on again": Sabotage(
+        replica=sabotage.ChangesItsVote,
+        lighthouse=sabotage.VotesAgainInsteadOfCommitting,
+        expect="I1",
+        groups=3,
+        climate=LAN,
+        faults=Faults(veto=40, at_points=1),
+        triggers=WHO_COMMITS_FIRST_DIES,
+    ),
+    "a Notice does not freeze": Sabotage(replica=sabotage.DoesNotFreeze),
+    "a Hello hides that its member is frozen": Sabotage(
+        replica=sabotage.HidesThatItIsUnsettled,
+        expect="STUCK",
+        groups=3,
+        climate=HASTY,
+        faults=Faults(stall_up=2),
+        triggers=ROUND_FORGOTTEN,
+        seeds=100,
+    ),
+    "nobody says Adopted": Sabotage(replica=sabotage.AdoptsInSilence, expect="STUCK"),
+    "the entry names the quorum of the commit": Sabotage(
+        replica=sabotage.ReducesByTheCommitQuorum, expect="I1", seeds=100
+    ),
+    "attempts are not told": Sabotage(
+        replica=sabotage.ForgetsTheAttempt, faults=Faults(veto=20, error=3), climate=LAN, seeds=300
+    ),
+    "a severed group is entered again": Sabotage(replica=sabotage.EntersASeveredGroupAgain, expect="others", seeds=100),
+    "a vote is dropped at the freeze": Sabotage(replica=sabotage.DropsTheGradientWhenFrozen, seeds=100),
+    "there is no journal": Sabotage(lighthouse=sabotage.KeepsNoJournal, expect="I5"),
+    "the journal is written after the Grant": Sabotage(
+        lighthouse=sabotage.JournalsAfterwards,
+        expect="commit late",
+        groups=3,
+        climate=SLOW_DISK,
+        faults=NOTHING,
+        triggers=GRANT_NOT_ON_DISK,
+    ),
+    "what may be committed is reduced again": Sabotage(
+        lighthouse=sabotage.ReducesAgainInsteadOfCommitting,
+        expect="I1",
+        groups=3,
+        climate=LAN,
+        faults=NOTHING,
+        triggers=WHO_COMMITS_FIRST_DIES,
+    ),
+    "what may be committed is aborted": Sabotage(
+        lighthouse=sabotage.AbortsInsteadOfCommitting,
+        expect="I1",
+        groups=3,
+        climate=LAN,
+        faults=NOTHING,
+        triggers=WHO_COMMITS_FIRST_DIES,
+    ),
+    "what is not reduced everywhere is committed": Sabotage(
+        lighthouse=sabotage.CommitsInsteadOfReducing, expect="nothing to commit"
+    ),
+    "an evicted member returns as a survivor": Sabotage(lighthouse=sabotage.TakesEvictedBackAsSurvivors),
+    "a leaver is granted alone": Sabotage(
+        lighthouse=sabotage.GrantsToLeaversAlone,
+        expect="I1",
+        groups=3,
+        climate=LAN,
+        faults=NOTHING,
+        triggers=LEAVER_LEFT_ALONE,
+    ),
+    "a proposal is sent only once": Sabotage(
+        lighthouse=sabotage.SendsAProposalOnlyOnce,
+        expect="STUCK",
+        groups=3,
+        climate=LAN,
+        faults=NOTHING,
+        triggers=PROPOSAL_MISSED,
+    ),
+    "a lost founding is only switched to": Sabotage(
+        lighthouse=sabotage.SwitchesFoundersAgain,
+        expect="without a member that holds the state",
+        groups=5,
+        climate=LAN,
+        faults=NOTHING,
+        triggers=FOUNDING_NOT_SENT,
+    ),
+    "Failed opens no round": Sabotage(lighthouse=sabotage.NeverOpensARoundForFailed, expect="STUCK"),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_dropped_rule_is_caught(name: str) -> None:
+    case = CASES[name]
+    for world in case.worlds(replica_type=case.replica, lighthouse_type=case.lighthouse):
+        outcome = world.run()
+        if not outcome.is_ok:
+            assert case.expect in outcome.verdict
+            sound = dataclasses.replace(case, seed=outcome.seed, seeds=1)
+            assert next(sound.worlds()).run().is_ok, "the schedule is well with the rule in place"
+            return
+    pytest.fail(f"none of {case.seeds} seeds catches it")

@@ -1,0 +1,114 @@
+"""The real machines in the virtual world: seeds, budgets and schedules end well, and a seed is a bug report."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from everstep.sim.__main__ import main
+from everstep.sim.faults import CLIMATES, Climate, Faults
+from everstep.sim.world import World
+from tests.sim.sabotage import CommitsOnItsOwnVote
+from tests.sim.schedules import HASTY, HEAVY, LAN, MODEL_BUDGETS, SCRIPTED
+from tests.support.processes import Spawner
+
+SEEDS_FILE = Path(__file__).with_name("seeds.txt")
+
+
+def _regression_seeds() -> list[tuple[int, int, int, str]]:
+    rows = []
+    for line in SEEDS_FILE.read_text().splitlines():
+        if line and not line.startswith("#"):
+            seed, groups, steps, what = line.split(maxsplit=3)
+            rows.append((int(seed), int(groups), int(steps), what))
+    return rows
+
+
+@pytest.mark.parametrize(("seed", "groups", "steps", "what"), _regression_seeds(), ids=lambda value: str(value)[:40])
+def test_a_seed_that_once_failed_ends_well(seed: int, groups: int, steps: int, what: str) -> None:
+    outcome = World(seed, groups=groups, steps=steps).run()
+    assert outcome.is_ok, f"{outcome} ({what})"
+
+
+@pytest.mark.parametrize("first", range(0, 240, 40))
+def test_mixed_faults_end_well(first: int) -> None:
+    for seed in range(first, first + 40):
+        outcome = World(seed, groups=2 + seed % 6, steps=8 + seed % 9).run()
+        assert outcome.is_ok, str(outcome)
+
+
+@pytest.mark.parametrize("name", MODEL_BUDGETS)
+def test_a_budget_of_the_model_ends_well(name: str) -> None:
+    groups, faults = MODEL_BUDGETS[name]
+    for seed in range(6):
+        for climate in (LAN, HASTY):
+            outcome = World(seed, groups=groups, steps=6, faults=faults, climate=climate).run()
+            assert outcome.is_ok, str(outcome)
+
+
+@pytest.mark.parametrize("name", SCRIPTED)
+def test_a_schedule_that_broke_a_draft_ends_well(name: str) -> None:
+    groups, triggers = SCRIPTED[name]
+    for seed in range(8):
+        outcome = World(seed, groups=groups, steps=6, faults=Faults(), triggers=triggers, climate=LAN).run()
+        assert outcome.verdict == "ok", str(outcome)
+        assert outcome.faults, "the schedule never reached its points"
+
+
+@pytest.mark.parametrize("climate", [LAN, HEAVY], ids=lambda climate: str(climate.name))
+def test_without_faults_there_is_no_round_and_nobody_is_evicted(climate: Climate) -> None:
+    """Long compute and slow transfers are no failures: heartbeats go on."""
+    for seed in range(5):
+        world = World(seed, groups=4, steps=6, faults=Faults(), climate=climate)
+        outcome = world.run()
+        assert outcome.verdict == "ok", str(outcome)
+        events = [log.event for log in world.lighthouse.logs]
+        assert "round opened" not in events
+        assert "evicted" not in events
+
+
+def test_joiners_that_take_long_hold_nobody_up_for_ever() -> None:
+    for seed in range(5):
+        outcome = World(seed, groups=2, steps=6, faults=Faults(join=2), climate=HEAVY).run()
+        assert outcome.verdict == "ok", str(outcome)
+
+
+def test_every_climate_is_drawn() -> None:
+    assert {World(seed, groups=2, steps=1).climate.name for seed in range(60)} == {c.name for c in CLIMATES}
+
+
+def test_the_same_seed_gives_the_same_schedule_whatever_the_hash_seed(spawn: Spawner) -> None:
+    script = (
+        "import hashlib\nfrom everstep.sim.world import World\n"
+        "for seed in (7, 19, 31):\n"
+        "    world, lines = World(seed, groups=4, steps=10), []\n"
+        "    world.trace = lines.append\n"
+        "    print(world.run(), hashlib.sha256('\\n'.join(lines).encode()).hexdigest(), flush=True)\n"
+    )
+    children = [spawn(["-c", script], env={"PYTHONHASHSEED": hash_seed}) for hash_seed in ("1", "2")]
+    outputs = [[child.read_line() for _ in range(3)] for child in children]
+    assert [child.wait() for child in children] == [0, 0]
+    assert outputs[0] == outputs[1]
+
+
+def test_the_command_prints_one_line_for_a_seed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--seed", "7", "--groups", "3", "--steps", "8"]) == 0
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.startswith("seed 7: ok; ")
+
+
+def test_a_failing_seed_prints_the_command_that_reproduces_it(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--seed", "0", "--groups", "2", "--steps", "8"], replica_type=CommitsOnItsOwnVote) == 1
+    what, how = capsys.readouterr().out.splitlines()
+    assert "VIOLATION" in what
+    assert how == "reproduce: python -m everstep.sim --seed 0 --groups 2 --steps 8 --trace"
+
+
+@pytest.mark.soak
+def test_twenty_thousand_seeds_end_well() -> None:
+    command = [sys.executable, "-m", "everstep.sim", "--seeds"]
+    spans = ("0:10000", "10000:20000")
+    halves = [subprocess.Popen([*command, span], stdout=subprocess.PIPE, text=True) for span in spans]
+    outputs = [half.communicate(timeout=3600)[0] for half in halves]
+    assert [half.returncode for half in halves] == [0, 0], "\n".join(outputs)
