@@ -17,7 +17,8 @@ SHARED_MEMORY = Path("/dev/shm")
 END_TIMEOUT_S = 3.0
 # Helpers of multiprocessing that live until the interpreter ends, by its own design.
 INTERPRETER_OWNED = ("multiprocessing.resource_tracker", "multiprocessing.forkserver")
-INTERPRETER_TEMP = "pymp-"  # where the fork server listens
+# Where the fork server listens; the cache that torch makes when the first optimizer is built in this process.
+INTERPRETER_TEMP = ("pymp-", "torchinductor_")
 
 
 class LeakWatch:

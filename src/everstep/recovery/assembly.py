@@ -39,9 +39,7 @@ class Assembly:
 
     def tree(self) -> dict[str, object]:
         """The state, made of fresh CPU tensors on the regions; tied tensors share a storage again."""
-        tree = build(self._manifest, self._leaf)
-        assert isinstance(tree, dict)
-        return tree
+        return build(self._manifest, self._leaf)
 
     def discard(self) -> None:
         for region in self._regions:

@@ -16,22 +16,24 @@ from urllib.parse import urlsplit
 
 import xxhash
 
-from everstep.errors import ConfigError, RecoveryFailed, RemoteProtocolError, StepInterrupted
+from everstep.errors import ConfigError, LocalProtocolError, RecoveryFailed, RemoteProtocolError, StepInterrupted
 from everstep.fork_guard import guard
 from everstep.recovery.assembly import Assembly, plain_leaf
 from everstep.recovery.auth import TransferAuth
 from everstep.recovery.fit import check_fit
 from everstep.recovery.http import (
     ERROR_BODY_BYTES_MAX,
+    KEY_CHARS_MAX,
     LONG_POLL_S,
     NONCE_BYTES,
+    Answer,
     Challenge,
     ChunksRequest,
-    Head,
     ManifestRequest,
+    body_digest,
     credential_field,
+    parse_answer,
     parse_challenge,
-    parse_head,
 )
 from everstep.recovery.landing import Landing
 from everstep.recovery.manifest import Limits, Manifest, build, decode
@@ -65,6 +67,8 @@ class FetchRequest:
     def __post_init__(self) -> None:
         if math.isnan(self.deadline) or not 0 < self.stall_timeout_s < math.inf:
             raise ConfigError(f"deadline={self.deadline}, stall_timeout_s={self.stall_timeout_s}; use positive seconds")
+        if not 0 < len(self.key) <= KEY_CHARS_MAX:
+            raise LocalProtocolError(f"a key of {len(self.key)} characters; use 1 to {KEY_CHARS_MAX}")
 
 
 class Fetch:
@@ -97,7 +101,7 @@ class Fetch:
         try:
             state = self._fetch()
             self._check_aborted()
-        except OSError as error:
+        except (OSError, UnicodeError) as error:  # UnicodeError: of a host name
             self._check_aborted()
             raise RecoveryFailed(f"fetching live state from {source} failed: {error}") from error
         except (RecoveryFailed, RemoteProtocolError):
@@ -190,16 +194,19 @@ class Fetch:
         while (remaining_s := request.deadline - time.monotonic()) > 0 and early_answers < _EARLY_ANSWERS_MAX:
             wait_s = min(LONG_POLL_S, remaining_s, request.stall_timeout_s / 2)
             asked_at = time.monotonic()
-            head, challenge = self._get(wire, ManifestRequest(request.key, wait_s).target)
-            status = head.words[1]
-            limit = request.limits.manifest_bytes if status == "200" else ERROR_BODY_BYTES_MAX
-            body = bytearray(head.length(limit))
+            answer, challenge = self._get(wire, ManifestRequest(request.key, wait_s).target)
+            limit = request.limits.manifest_bytes if answer.status == 200 else ERROR_BODY_BYTES_MAX
+            body = bytearray(answer.head.length(limit))
             wire.receive_into([memoryview(body)], request.deadline)
-            snapshot_id = head.fields.get("everstep-snapshot", "")
-            self._check_proof(head, challenge, snapshot_id, bytes(body))
-            if status == "200":
-                return decode(body, request.limits), snapshot_id
-            _check_status(status, 404, body)
+            digest = answer.head.fields.get("everstep-digest")
+            if digest is None:
+                raise RemoteProtocolError(f"an answer of status {answer.status} without a digest")
+            if digest != body_digest(body):
+                raise RecoveryFailed(f"an answer of status {answer.status} from {request.source_url} arrived damaged")
+            self._check_proof(answer, challenge, body)
+            if answer.status == 200:
+                return decode(body, request.limits), answer.snapshot_id
+            _check_status(answer, 404, body)
             early_answers += time.monotonic() - asked_at < wait_s / 2
         raise RecoveryFailed(f"{request.source_url} did not offer {request.key!r} in time")
 
@@ -207,15 +214,14 @@ class Fetch:
         count, total = manifest.chunk_count, manifest.total_bytes
         if count == 0:
             return
-        head, challenge = self._get(wire, ChunksRequest(snapshot_id, 0, count).target)
-        status = head.words[1]
-        if status != "200":
-            _check_status(status, 410, b"")
+        answer, challenge = self._get(wire, ChunksRequest(snapshot_id, 0, count).target)
+        if answer.status != 200:
+            _check_status(answer, 410)
             raise RecoveryFailed(f"{self._request.source_url} has withdrawn {self._request.key!r}")
-        self._check_proof(head, challenge, snapshot_id, b"")
+        self._check_proof(answer, challenge)
         size = total + count * DIGEST_BYTES
-        if head.length(size) != size:
-            raise RemoteProtocolError(f"chunks of {head.fields['content-length']} bytes; the manifest says {size}")
+        if answer.head.length(size) != size or answer.snapshot_id != snapshot_id:
+            raise RemoteProtocolError(f"an answer other than the {size} bytes of snapshot {snapshot_id}")
         done = 0
         digest = memoryview(bytearray(DIGEST_BYTES))
         for index, pieces in enumerate(assembly.chunks()):
@@ -229,9 +235,9 @@ class Fetch:
             if self._on_progress is not None:
                 self._on_progress(done, total)
 
-    def _get(self, wire: Wire, target: str) -> tuple[Head, Challenge]:
+    def _get(self, wire: Wire, target: str) -> tuple[Answer, Challenge]:
         if self._request.auth is not None and not self._nonce:
-            self._nonce = self._fetch_challenge(wire, target)
+            self._nonce = self._fetch_challenge(wire)
         challenge = Challenge(
             server_nonce=self._nonce,
             client_nonce=secrets.token_bytes(NONCE_BYTES),
@@ -243,38 +249,35 @@ class Fetch:
         if self._request.auth is not None:
             mac = challenge.request_mac(self._request.auth)
             fields.append(f"Authorization: {credential_field(challenge.client_nonce, mac)}")
-        head = self._exchange(wire, target, fields)
-        if head.words[1] == "401":
+        answer = self._exchange(wire, target, fields)
+        if answer.status == 401:
             source = self._request.source_url
             if self._request.auth is None:
                 raise ConfigError(f"{source} asks for the job token; set EVERSTEP_TOKEN_FILE")
             raise ConfigError(f"{source} does not accept this member's job token; all members need the same")
-        return head, challenge
+        return answer, challenge
 
-    def _fetch_challenge(self, wire: Wire, target: str) -> bytes:
-        head = self._exchange(wire, target, [f"Host: {urlsplit(self._request.source_url).netloc}"])
-        nonce = parse_challenge(head.fields.get("www-authenticate", ""))
-        if head.words[1] != "401" or nonce is None or head.length(0):
+    def _fetch_challenge(self, wire: Wire) -> bytes:
+        target = ManifestRequest(self._request.key, 0.0).target
+        answer = self._exchange(wire, target, [f"Host: {urlsplit(self._request.source_url).netloc}"])
+        nonce = parse_challenge(answer.head.fields.get("www-authenticate", ""))
+        if answer.status != 401 or nonce is None or answer.head.length(0):
             raise RemoteProtocolError(f"{self._request.source_url} does not know the job token")
         return nonce
 
-    def _exchange(self, wire: Wire, target: str, fields: list[str]) -> Head:
+    def _exchange(self, wire: Wire, target: str, fields: list[str]) -> Answer:
         wire.send("\r\n".join([f"GET {target} HTTP/1.1", *fields, "", ""]).encode())
         text = wire.read_head(self._request.deadline)
         if not text:
             raise ConnectionResetError("the source closed the connection")
-        head = parse_head(text)
-        if head.words[0] != "HTTP/1.1" or "transfer-encoding" in head.fields:
-            raise RemoteProtocolError("an answer that is not plain HTTP/1.1")
-        return head
+        return parse_answer(text)
 
-    def _check_proof(self, head: Head, challenge: Challenge, snapshot_id: str, body: bytes) -> None:
+    def _check_proof(self, answer: Answer, challenge: Challenge, body: bytes | bytearray = b"") -> None:
         auth = self._request.auth
         if auth is None:
             return
-        status = int(head.words[1]) if head.words[1].isdigit() else 0
-        mac = challenge.answer_mac(auth, status, snapshot_id, body).hex()
-        if not secrets.compare_digest(mac, head.fields.get("everstep-proof", "")):
+        mac = challenge.answer_mac(auth, answer.status, answer.snapshot_id, body).hex()
+        if not secrets.compare_digest(mac, answer.head.fields.get("everstep-proof", "")):
             raise RemoteProtocolError(f"{self._request.source_url} did not prove that it knows the job token")
 
     def _check_fit(self, manifest: Manifest) -> None:
@@ -282,10 +285,9 @@ class Fetch:
             check_fit(build(manifest, plain_leaf), self._request.expected, self._request.same_keys_under)
 
 
-def _check_status(status: str, expected: int, body: bytes | bytearray) -> None:
-    if status != str(expected):
-        said = bytes(body[:80]).decode("ascii", "replace")
-        raise RemoteProtocolError(f"an answer of status {status[:10]!r}: {said}")
+def _check_status(answer: Answer, expected: int, body: bytes | bytearray = b"") -> None:
+    if answer.status != expected:
+        raise RemoteProtocolError(f"an answer of status {answer.status}: {bytes(body[:80]).decode('ascii', 'replace')}")
 
 
 def _parse_url(url: str) -> tuple[str, int]:

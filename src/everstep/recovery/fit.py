@@ -10,17 +10,18 @@ from everstep.recovery.manifest import TensorNode
 from everstep.recovery.tree import join
 
 NAMED_MAX = 8
+_EXTRA_STATE = "_extra_state"  # how torch ends the names of modules' extra state
 
 
-def check_fit(theirs: object, own: object, same_keys_under: frozenset[str]) -> None:
+def check_fit(theirs: Mapping[str, object], own: Mapping[str, object], same_keys_under: frozenset[str]) -> None:
     """`theirs` is a tree with TensorNodes as leaves. Raises StateMismatch naming what differs.
 
     Wherever this member has a tensor, the peer's must have its shape and dtype. The names at the top, and everything
     below the tops in `same_keys_under` (the model), must be the same; elsewhere either may have more: the optimizer of
-    a member that has not stepped yet is empty.
+    a member that has not stepped yet is empty. What a module keeps as extra state is its own affair.
     """
     found: list[str] = []
-    for difference in _differences(theirs, own, "", same_keys_under):
+    for difference in _top_differences(theirs, own, same_keys_under):
         found.append(difference)
         if len(found) == NAMED_MAX:
             found.append("…")
@@ -29,23 +30,37 @@ def check_fit(theirs: object, own: object, same_keys_under: frozenset[str]) -> N
         raise StateMismatch("the peer's state does not fit this member's: " + "; ".join(found))
 
 
-def _differences(theirs: object, own: object, path: str, same_keys_under: frozenset[str]) -> Iterator[str]:
+def _top_differences(
+    theirs: Mapping[str, object], own: Mapping[str, object], same_keys_under: frozenset[str]
+) -> Iterator[str]:
+    yield from _key_differences(theirs, own, "")
+    for name, value in own.items():
+        if name in theirs:
+            yield from _differences(theirs[name], value, name, name in same_keys_under)
+
+
+def _differences(theirs: object, own: object, path: str, is_exact: bool) -> Iterator[str]:
     if isinstance(own, torch.Tensor):
         mine = f"{dtype_name(own.dtype)} tensor of shape {tuple(own.shape)}"
-        if not isinstance(theirs, TensorNode):
-            yield f"{path} is a {mine} here and a {type(theirs).__name__} there"
-        elif str(theirs) != mine:
-            yield f"{path} is a {mine} here and a {theirs} there"
-    elif isinstance(own, Mapping):
-        if not isinstance(theirs, Mapping):
-            yield f"{path} is a dict here and a {type(theirs).__name__} there"
-            return
-        if path == "" or path.split(".", 1)[0] in same_keys_under:
-            yield from (f"{join(path, key)} is missing there" for key in own if key not in theirs)
-            yield from (f"{join(path, key)} is unknown here" for key in theirs if key not in own)
+        there = str(theirs) if isinstance(theirs, TensorNode) else type(theirs).__name__
+        if there != mine:
+            yield f"{path} is a {mine} here and a {there} there"
+    elif isinstance(own, Mapping) and isinstance(theirs, Mapping):
+        if is_exact:
+            yield from _key_differences(theirs, own, path)
         for key, value in own.items():
-            if key in theirs:
-                yield from _differences(theirs[key], value, join(path, key), same_keys_under)
+            if key in theirs and not str(key).endswith(_EXTRA_STATE):
+                yield from _differences(theirs[key], value, join(path, key), is_exact)
     elif isinstance(own, list | tuple) and isinstance(theirs, list | tuple):
+        if is_exact and len(own) != len(theirs):
+            yield f"{path} has {len(own)} elements here and {len(theirs)} there"
         for index, (their, mine_) in enumerate(zip(theirs, own, strict=False)):
-            yield from _differences(their, mine_, join(path, index), same_keys_under)
+            yield from _differences(their, mine_, join(path, index), is_exact)
+    elif isinstance(own, Mapping) or (is_exact and isinstance(theirs, TensorNode | Mapping)):
+        there = str(theirs) if isinstance(theirs, TensorNode) else type(theirs).__name__
+        yield f"{path} is a {type(own).__name__} here and a {there} there"
+
+
+def _key_differences(theirs: Mapping[str, object], own: Mapping[str, object], path: str) -> Iterator[str]:
+    yield from (f"{join(path, key)} is missing there" for key in own if key not in theirs)
+    yield from (f"{join(path, key)} is unknown here" for key in theirs if key not in own)

@@ -6,6 +6,7 @@
 With a job token the first answer on a connection is 401 with a nonce. Every request then carries HMAC(token, the
 server's nonce, the client's nonce, number of the request on this connection, target), and every answer the same over
 its status and its body (of chunks only the head); so nobody can play either side with what he overheard elsewhere.
+With or without a token `Everstep-Digest` guards the other bodies against damage: a manifest holds numbers of the state.
 Chunks are guarded against damage, not against an attacker on the path: that needs TLS.
 """
 
@@ -13,6 +14,8 @@ import hashlib
 import re
 from dataclasses import dataclass
 from urllib.parse import quote, unquote
+
+import xxhash
 
 from everstep.errors import RemoteProtocolError
 from everstep.recovery.auth import TransferAuth
@@ -22,8 +25,10 @@ LONG_POLL_S = 4.0
 NONCE_BYTES = 16
 ERROR_BODY_BYTES_MAX = 4 << 10
 
-_MANIFEST = re.compile(r"/v1/offers/([^/?]{1,4096})/manifest\?wait_s=(\d{1,3}(?:\.\d{1,6})?)")
+_MANIFEST = re.compile(r"/v1/offers/([^/?]{1,6144})/manifest\?wait_s=(\d{1,3}(?:\.\d{1,6})?)")
 _CHUNKS = re.compile(r"/v1/snapshots/([0-9a-f]{16})/chunks/(\d{1,15})-(\d{1,15})")
+_STATUS = re.compile(r"[1-5]\d\d")
+_SNAPSHOT_ID = re.compile(r"[0-9a-f]{16}")
 _CREDENTIAL = re.compile(r"Everstep nonce=([0-9a-f]{32}), mac=([0-9a-f]{64})")
 _CHALLENGE = re.compile(r"Everstep nonce=([0-9a-f]{32})")
 
@@ -71,6 +76,31 @@ class Head:
         return int(text)
 
 
+def body_digest(body: bytes | bytearray) -> str:
+    return xxhash.xxh3_64_hexdigest(body)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a source says; `snapshot_id` is "" where it names none."""
+
+    status: int
+    snapshot_id: str
+    head: Head
+
+
+def parse_answer(text: bytes) -> Answer:
+    """Raises RemoteProtocolError for a head that our server never sends."""
+    head = parse_head(text)
+    version, status, _ = head.words
+    if version != "HTTP/1.1" or not _STATUS.fullmatch(status) or "transfer-encoding" in head.fields:
+        raise RemoteProtocolError("an answer that is not plain HTTP/1.1")
+    snapshot_id = head.fields.get("everstep-snapshot", "")
+    if snapshot_id and not _SNAPSHOT_ID.fullmatch(snapshot_id):
+        raise RemoteProtocolError(f"an answer about the snapshot {snapshot_id[:40]!r}")
+    return Answer(int(status), snapshot_id, head)
+
+
 def parse_head(head: bytes) -> Head:
     """Raises RemoteProtocolError unless it is three words and well-formed, distinct fields."""
     try:
@@ -101,7 +131,7 @@ class Challenge:
     def request_mac(self, auth: TransferAuth) -> bytes:
         return auth.sign(b"everstep recovery request", *self._parts())
 
-    def answer_mac(self, auth: TransferAuth, status: int, snapshot_id: str, body: bytes) -> bytes:
+    def answer_mac(self, auth: TransferAuth, status: int, snapshot_id: str, body: bytes | bytearray) -> bytes:
         parts = (str(status).encode(), snapshot_id.encode(), hashlib.sha256(body).digest())
         return auth.sign(b"everstep recovery answer", *self._parts(), *parts)
 

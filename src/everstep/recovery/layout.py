@@ -10,6 +10,7 @@ from itertools import accumulate
 
 import torch
 
+from everstep.errors import ConfigError
 from everstep.recovery.dtypes import dtype_name
 from everstep.recovery.manifest import FORMAT, VERSION, ArrayNode, Manifest, Node, TensorNode
 from everstep.recovery.tree import PendingArray, PendingTensor, flatten
@@ -22,7 +23,8 @@ _ALIGNMENT = 16  # the largest element, complex128: every tied view's offset is 
 class Layout:
     """A manifest, and where the bytes of each region are now; nothing is copied yet.
 
-    `sources[i]`: what to copy region i from: a view of exactly its live bytes, a tensor to be made contiguous, or bytes. A donor may copy any byte range of the payload at a time, so a stripe of it, or a part in each step.
+    `sources[i]`: what to copy region i from: a view of exactly its bytes, a tensor to be made contiguous, or bytes.
+    A donor may copy any byte range of the payload at a time, so a stripe of it, or a part in each step.
     """
 
     manifest: Manifest
@@ -76,7 +78,7 @@ def as_bytes(source: torch.Tensor | bytes) -> torch.Tensor:
     if isinstance(source, bytes):
         return torch.frombuffer(bytearray(source), dtype=torch.uint8)
     if not source.is_contiguous():
-        source = source.contiguous()
+        source = _as_plain(source).contiguous()
     return raw_view(
         source, int(source.storage_offset()) * source.element_size(), source.numel() * source.element_size()
     )
@@ -88,13 +90,25 @@ def raw_view(tensor: torch.Tensor, begin: int, size: int) -> torch.Tensor:
     return view.set_(tensor.untyped_storage(), begin, (size,), (1,))
 
 
+_PLAIN = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def _as_plain(tensor: torch.Tensor) -> torch.Tensor:
+    """The same view with integers of the same width: torch cannot copy every dtype, such as int4."""
+    view = torch.empty(0, dtype=_PLAIN.get(tensor.element_size(), tensor.dtype), device=tensor.device)
+    return view.set_(tensor.untyped_storage(), tensor.storage_offset(), tensor.shape, tensor.stride())
+
+
 def _place(place: int, pending: PendingTensor) -> _Placed:
     tensor = pending.tensor.resolve_conj().resolve_neg()  # lazy flags are no part of the bytes
     begin = int(tensor.storage_offset()) * tensor.element_size()
     covered = 0
     if tensor.numel():
         covered = 1 + sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride(), strict=True))
-    return _Placed(place, tensor, begin, begin + covered * tensor.element_size())
+    placed = _Placed(place, tensor, begin, begin + covered * tensor.element_size())
+    if covered and placed.end > tensor.untyped_storage().nbytes():
+        raise ConfigError(f"{pending.path} has had its storage taken away; gather it before it is registered")
+    return placed
 
 
 def _storage_key(placed: _Placed) -> tuple[object, ...]:
@@ -132,5 +146,6 @@ def _add_region(tied: list[_Placed], region: int, nodes: list[Node]) -> tuple[in
         offset = (placed.begin - base) // tensor.element_size()
         shape, strides = tuple(tensor.shape), tuple(tensor.stride())
         nodes[placed.place] = TensorNode(region, dtype_name(tensor.dtype), shape, strides, offset)
-    size = max(placed.end for placed in tied) - base
-    return size, raw_view(first.tensor, base, size)
+    # Storages made of one foreign buffer share an address but not a size: take the one that reaches to the end.
+    last = max(tied, key=lambda placed: placed.end)
+    return last.end - base, raw_view(last.tensor, base, last.end - base)

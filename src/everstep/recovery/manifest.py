@@ -24,6 +24,8 @@ DEPTH_MAX = 64
 DIMENSIONS_MAX = 64
 CHUNK_BYTES_MIN = 1 << 10
 CHUNK_BYTES_MAX = 64 << 20
+ARRAY_DIMENSIONS_MAX = 32  # of numpy before its version 2
+_ITEM_BYTES_MAX = 16
 _INT64_MAX = (1 << 63) - 1
 
 
@@ -116,7 +118,7 @@ class Manifest(msgspec.Struct, frozen=True):
 class Limits:
     """What a receiver is ready to believe of a peer."""
 
-    manifest_bytes: int = 256 << 20
+    manifest_bytes: int = 64 << 20
     payload_bytes: int = 1 << 42
     nodes: int = 8_000_000
 
@@ -146,9 +148,11 @@ def children_of(node: Container) -> int:
     return len(node.keys) + node.has_metadata if isinstance(node, DictNode) else node.count
 
 
-def build(manifest: Manifest, make_leaf: Callable[[Leaf], object]) -> object:
+def build(manifest: Manifest, make_leaf: Callable[[Leaf], object]) -> dict[str, object]:
     """The tree that the nodes describe, with `make_leaf(node)` at its leaves."""
-    return _build(iter(manifest.nodes), make_leaf)
+    tree = _build(iter(manifest.nodes), make_leaf)
+    assert isinstance(tree, dict)
+    return tree
 
 
 def _build(nodes: Iterator[Node], make_leaf: Callable[[Leaf], object]) -> object:
@@ -189,8 +193,9 @@ def _check_header(manifest: Manifest, limits: Limits) -> None:
 
 def _check_nodes(manifest: Manifest) -> None:
     """Counts add up to exactly one tree, it is not too deep, its leaves are sound, and every region is used."""
-    if not manifest.nodes or not isinstance(manifest.nodes[0], DictNode):
-        raise RemoteProtocolError("the root of the state is not a dict")
+    root = manifest.nodes[0] if manifest.nodes else None
+    if not isinstance(root, DictNode) or any(type(key) is not str for key in root.keys):
+        raise RemoteProtocolError("the root of the state is not a dict of names")
     used: set[int] = set()
     open_children = [1]  # of each container that is being read; the root is the only child of nothing
     for node in manifest.nodes:
@@ -227,7 +232,7 @@ def _check_place(node: TensorNode | ArrayNode, region_bytes: tuple[int, ...]) ->
         raise RemoteProtocolError(f"region {node.region} of {len(region_bytes)}")
     if len(node.shape) > DIMENSIONS_MAX or any(not 0 <= n <= _INT64_MAX for n in node.shape):
         raise RemoteProtocolError(f"shape {node.shape[:DIMENSIONS_MAX]}")
-    if math.prod(n or 1 for n in node.shape) > _INT64_MAX:
+    if math.prod(n or 1 for n in node.shape) * _ITEM_BYTES_MAX > _INT64_MAX:
         raise RemoteProtocolError(f"shape {node.shape} overflows")
     size = region_bytes[node.region]
     if isinstance(node, ArrayNode):
@@ -243,7 +248,9 @@ def _check_view(node: TensorNode, size: int) -> None:
         raise RemoteProtocolError(f"dtype {node.dtype[:40]!r}")
     if len(node.strides) != len(node.shape) or any(not 0 <= s <= _INT64_MAX for s in (*node.strides, node.offset)):
         raise RemoteProtocolError(f"strides {node.strides[:DIMENSIONS_MAX]} and offset {node.offset} of {node}")
-    last = node.offset + sum((n - 1) * stride for n, stride in zip(node.shape, node.strides, strict=True))
+    last = node.offset + sum((max(n, 1) - 1) * stride for n, stride in zip(node.shape, node.strides, strict=True))
+    if (last + 1) * dtype.itemsize > _INT64_MAX:  # of an empty tensor too: torch computes with it
+        raise RemoteProtocolError(f"the strides of a {node} overflow")
     end = node.offset if math.prod(node.shape) == 0 else last + 1
     if end * dtype.itemsize > size:
         raise RemoteProtocolError(f"a {node} reaches beyond its region of {size} bytes")
@@ -253,7 +260,7 @@ def _check_array(node: ArrayNode, size: int) -> None:
     itemsize = array_itemsize(node.dtype)
     if itemsize is None:
         raise RemoteProtocolError(f"numpy dtype {node.dtype[:40]!r}")
-    if math.prod(node.shape) * itemsize != size or (node.is_scalar and node.shape):
+    if len(node.shape) > (0 if node.is_scalar else ARRAY_DIMENSIONS_MAX) or math.prod(node.shape) * itemsize != size:
         raise RemoteProtocolError(f"a numpy {node.dtype} array of shape {node.shape} in a region of {size} bytes")
 
 

@@ -24,6 +24,7 @@ from everstep.recovery.http import (
     Challenge,
     ChunksRequest,
     ManifestRequest,
+    body_digest,
     challenge_field,
     parse_credential,
     parse_head,
@@ -137,13 +138,16 @@ class RecoveryServer:
 
     def _accept(self) -> None:
         assert self._listener is not None
+        failed_with: int | None = None  # such as too many open files; said once
         while not self._closing.is_set():
             try:
                 sock, address = self._listener.accept()
             except OSError as error:
-                if not self._closing.wait(_ACCEPT_RETRY_S):  # such as too many open files: it may pass
-                    logger.warning("recovery: accept failed: %s", error)
+                if not self._closing.wait(_ACCEPT_RETRY_S) and error.errno != failed_with:  # it may pass
+                    logger.warning("recovery: accept failed: %s; trying again every %s s", error, _ACCEPT_RETRY_S)
+                failed_with = error.errno
                 continue
+            failed_with = None
             with self._lock:
                 is_full = len(self._connections) >= self.options.connections_max
                 if is_full or self._closing.is_set():
@@ -268,6 +272,8 @@ class _Connection:
 
     def _send_head(self, challenge: Challenge, status: int, snapshot_id: str, length: int, body: bytes = b"") -> None:
         lines = [f"HTTP/1.1 {status} {_REASONS[status]}", f"Content-Length: {length}"]
+        if body:
+            lines.append(f"Everstep-Digest: {body_digest(body)}")
         if snapshot_id:
             lines.append(f"Everstep-Snapshot: {snapshot_id}")
         if self._auth is not None:
@@ -276,11 +282,13 @@ class _Connection:
 
 
 def _listen(host: str, port: int) -> socket.socket:
+    if not 0 <= port < 1 << 16:
+        raise ConfigError(f"recovery cannot listen on port {port}; use 1 to 65535, or 0 for any free one")
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
         family, _, _, _, address = found[0]
         listener = socket.socket(family, socket.SOCK_STREAM)
-    except OSError as error:
+    except (OSError, UnicodeError) as error:  # UnicodeError: of a host name
         raise ConfigError(f"recovery cannot listen on {host}: {error}") from error
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

@@ -9,7 +9,18 @@ import torch
 
 from everstep.errors import ConfigError
 from everstep.recovery.dtypes import DTYPES, dtype_name
-from everstep.recovery.manifest import DEPTH_MAX, BigInt, Blob, DictNode, ListNode, Node, TupleNode, array_itemsize
+from everstep.recovery.manifest import (
+    ARRAY_DIMENSIONS_MAX,
+    DEPTH_MAX,
+    DIMENSIONS_MAX,
+    BigInt,
+    Blob,
+    DictNode,
+    ListNode,
+    Node,
+    TupleNode,
+    array_itemsize,
+)
 
 _INT64_MIN, _UINT64_MAX = -(1 << 63), (1 << 64) - 1
 _DICT_KINDS = {dict: "dict", OrderedDict: "ordered", Counter: "counter", defaultdict: "dict"}
@@ -48,6 +59,9 @@ def flatten(state: Mapping[str, object]) -> Flattened:
 
     A defaultdict arrives as a dict, a torch.Size as a tuple, a Parameter as a tensor.
     """
+    for name in state:
+        if type(name) is not str:
+            raise ConfigError(f"the state's parts are called by name, not {name!r} of type {type(name).__name__}")
     flat = Flattened()
     _flatten(dict(state), "", 0, flat)
     return flat
@@ -121,8 +135,11 @@ def _check_tensor(tensor: torch.Tensor, path: str) -> None:
     what = type(tensor).__name__
     if type(tensor) not in (torch.Tensor, torch.nn.Parameter):
         raise ConfigError(f"{path} is a {what}; {_REMEDY}")
-    if tensor.layout is not torch.strided:
-        raise ConfigError(f"{path} is a tensor of layout {tensor.layout}; make it dense before it is registered")
+    if tensor.layout is not torch.strided or tensor.is_nested:
+        layout = "torch.nested" if tensor.is_nested else tensor.layout
+        raise ConfigError(f"{path} is a tensor of layout {layout}; make it dense before it is registered")
+    if tensor.dim() > DIMENSIONS_MAX:
+        raise ConfigError(f"{path} has {tensor.dim()} dimensions; at most {DIMENSIONS_MAX} travel")
     if tensor.is_quantized or dtype_name(tensor.dtype) not in DTYPES:
         raise ConfigError(f"{path} is a {dtype_name(tensor.dtype)} tensor, quantized; register its int_repr and scales")
     if tensor.device.type == "meta":
@@ -143,4 +160,6 @@ def _pending_array(value: object, path: str) -> PendingArray:
     little = array.astype(array.dtype.newbyteorder("<"), copy=False)
     if array_itemsize(little.dtype.str) is None:
         raise ConfigError(f"{path} is a numpy value of dtype {array.dtype}; only numbers, bool and complex travel")
+    if array.ndim > ARRAY_DIMENSIONS_MAX:
+        raise ConfigError(f"{path} has {array.ndim} dimensions; at most {ARRAY_DIMENSIONS_MAX} travel")
     return PendingArray(path, little.tobytes(), little.dtype.str, array.shape, type(value) is not numpy.ndarray)

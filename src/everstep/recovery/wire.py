@@ -48,31 +48,30 @@ class Wire:
 
     def send(self, *buffers: bytes | memoryview) -> None:
         """All of it, however slow the reader, as long as something moves within the stall timeout."""
-        left = [memoryview(buffer) for buffer in buffers if len(buffer)]
-        while left:
-            try:
-                sent = self._socket.sendmsg(left[:_BUFFERS_MAX])
-            except BlockingIOError as error:
-                raise TimeoutError(f"the reader took nothing for {self._stall_timeout_s} s") from error
-            left = _without(left, sent)
+        for begin in range(0, len(buffers), _BUFFERS_MAX):
+            left = [memoryview(buffer) for buffer in buffers[begin : begin + _BUFFERS_MAX] if len(buffer)]
+            while left:
+                try:
+                    sent = self._socket.sendmsg(left)
+                except BlockingIOError as error:
+                    raise TimeoutError(f"the reader took nothing for {self._stall_timeout_s} s") from error
+                left = _without(left, sent)
 
     def receive_into(self, buffers: Sequence[memoryview], deadline: float) -> None:
         """Fill all of them; `deadline` is an instant of time.monotonic()."""
-        left = [buffer for buffer in buffers if len(buffer)]
-        while left and self._ahead:
-            taken = min(len(self._ahead), len(left[0]))
-            left[0][:taken] = self._ahead[:taken]
-            self._ahead = self._ahead[taken:]
-            left = _without(left, taken)
-        while left:
-            self._wait_at_most(deadline)
-            try:
-                received = self._socket.recvmsg_into(left[:_BUFFERS_MAX], 0, socket.MSG_WAITALL)[0]
-            except BlockingIOError as error:
-                raise TimeoutError("nothing arrived in time") from error
-            if received == 0:
-                raise ConnectionResetError("the connection was closed in the middle")
-            left = _without(left, received)
+        for begin in range(0, len(buffers), _BUFFERS_MAX):
+            left = [buffer for buffer in buffers[begin : begin + _BUFFERS_MAX] if len(buffer)]
+            while left and self._ahead:
+                left = _without(left, self._take_ahead(left[0]))
+            while left:
+                self._wait_at_most(deadline)
+                try:
+                    received = self._socket.recvmsg_into(left, 0, socket.MSG_WAITALL)[0]
+                except BlockingIOError as error:
+                    raise TimeoutError("nothing arrived in time") from error
+                if received == 0:
+                    raise ConnectionResetError("the connection was closed in the middle")
+                left = _without(left, received)
 
     def read_head(self, deadline: float) -> bytes:
         """Up to the first empty line; b"" when the other side closed instead. The body, if any, comes next."""
@@ -91,6 +90,12 @@ class Wire:
             self._ahead += received
         head, self._ahead = self._ahead[:end], self._ahead[end + 4 :]
         return head
+
+    def _take_ahead(self, buffer: memoryview) -> int:
+        taken = min(len(self._ahead), len(buffer))
+        buffer[:taken] = self._ahead[:taken]
+        self._ahead = self._ahead[taken:]
+        return taken
 
     def _wait_at_most(self, deadline: float) -> None:
         remaining = deadline - time.monotonic()
