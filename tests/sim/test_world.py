@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from everstep.sim.__main__ import main
-from everstep.sim.faults import CLIMATES, Climate, Faults
+from everstep.sim.faults import CLIMATES, Climate, Faults, Trigger
 from everstep.sim.world import World
 from tests.sim.sabotage import CommitsOnItsOwnVote
 from tests.sim.schedules import HASTY, HEAVY, LAN, MODEL_BUDGETS, SCRIPTED
@@ -66,6 +66,14 @@ def test_without_faults_there_is_no_round_and_nobody_is_evicted(climate: Climate
         events = [log.event for log in world.lighthouse.logs]
         assert "round opened" not in events
         assert "evicted" not in events
+
+
+def test_a_lighthouse_that_was_stopped_accuses_nobody() -> None:
+    for seed in range(10):
+        stop = Trigger(point="VoteEnded", fault="lighthouse_stop", nth=9, seconds=5.0)
+        world = World(seed, groups=4, steps=6, faults=Faults(), triggers=(stop,), climate=LAN)
+        assert world.run().verdict == "ok"
+        assert "round opened" not in [log.event for log in world.lighthouse.logs]
 
 
 def test_joiners_that_take_long_hold_nobody_up_for_ever() -> None:

@@ -83,6 +83,7 @@ class Faults:
     stall_down: int = 0
     stop: int = 0  # a process is stopped and continued
     lighthouse: int = 0
+    lighthouse_stop: int = 0  # the lighthouse is stopped and continued
     veto: int = 0
     error: int = 0  # a collective fails though nobody died, and may name somebody who is well
     drain: int = 0
@@ -103,6 +104,7 @@ class Faults:
             stall_down=rng.choice((0, 0, 0, 1)),
             stop=rng.choice((0, 0, 1)),
             lighthouse=rng.choice((0, 0, 1, 2)),
+            lighthouse_stop=rng.choice((0, 0, 0, 1)),
             veto=rng.choice((0, 1, 2)),
             error=rng.choice((0, 1, 2)),
             drain=rng.choice((0, 0, 0, 1)),
@@ -216,6 +218,9 @@ class Injector:
     def _strike(self, kind: str, victim: "Process | None", seconds: float | None) -> None:
         if kind == "lighthouse":
             self._lighthouse(seconds)
+        elif kind == "lighthouse_stop":
+            self.done.append("lighthouse_stop")
+            self._world.lighthouse.stop(self._or(seconds, (0.1, 1.0, 5.0)))
         elif kind == "join":
             self.done.append("join")
             self._world.start_process(f"g{self._world.groups + len(self.done)}")

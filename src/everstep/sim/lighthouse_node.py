@@ -19,6 +19,7 @@ class LighthouseNode:
         self.config = config
         self.disk: JournalRecord | None = None
         self.machine: LighthouseMachine | None = None
+        self._stopped_until = 0.0
         self._lives = 0
         self._queue: list[Effect] = []
         self._writing = False
@@ -37,12 +38,17 @@ class LighthouseNode:
 
     def crash(self) -> None:
         self.machine = None
+        self._stopped_until = 0.0
         self._queue.clear()
         self._writing = False
         self._tick_at = None
         for process in list(self._links.values()):
             process.link_lost("the lighthouse died")
         self._links.clear()
+
+    def stop(self, seconds: float) -> None:
+        """The process is stopped and continued: it notices nothing, its clock goes on."""
+        self._stopped_until = max(self._stopped_until, self._world.now + seconds)
 
     def opened(self, link: int, process: "Process") -> None:
         self._links[link] = process
@@ -59,8 +65,13 @@ class LighthouseNode:
             self._feed(LinkMessage(link, message))
 
     def _feed(self, event: LinkOpened | LinkClosed | LinkMessage) -> None:
-        if self.machine is not None:
-            self._perform(self.machine.receive(event, self._world.now))
+        if self.machine is None:
+            return
+        if self._world.now < self._stopped_until:
+            life = self._lives
+            self._world.at(self._stopped_until, lambda: self._feed(event) if life == self._lives else None)
+            return
+        self._perform(self.machine.receive(event, self._world.now))
 
     def _perform(self, effects: list[Effect]) -> None:
         self._queue += effects
@@ -115,6 +126,9 @@ class LighthouseNode:
 
         def tick() -> None:
             if self.machine is None or life != self._lives:
+                return
+            if self._world.now < self._stopped_until:
+                self._world.at(self._stopped_until, tick)
                 return
             self._tick_at = None
             due = self.machine.next_deadline()

@@ -7,6 +7,7 @@ time after the last one issued it; a member that dies or severs before that leav
 import dataclasses
 import heapq
 import random
+from collections import deque
 from collections.abc import Callable, Sequence
 
 from everstep.core.types import MemberId, QuorumId
@@ -60,6 +61,7 @@ class Channel:
         self._clock = clock
         self._draw_delay = draw_delay
         self._last_at = 0.0
+        self._under_way: deque[Callable[[], None]] = deque()
         self.stalled_until = 0.0
         self.is_open = True
 
@@ -68,15 +70,17 @@ class Channel:
             return
         when = max(self._clock.now + self._draw_delay(), self._last_at, self.stalled_until)
         self._last_at = when
-        self._clock.at(when, lambda: self._arrive(deliver))
+        self._under_way.append(deliver)
+        self._clock.at(when, self._arrive)
 
-    def _arrive(self, deliver: Callable[[], None]) -> None:
+    def _arrive(self) -> None:
+        """The oldest message arrives, whichever was due: a stall may reorder instants, never messages."""
         if not self.is_open:
             return
         if self._clock.now < self.stalled_until:
-            self._clock.at(self.stalled_until, lambda: self._arrive(deliver))
-            return
-        deliver()
+            self._clock.at(self.stalled_until, self._arrive)
+        else:
+            self._under_way.popleft()()
 
 
 @dataclasses.dataclass
