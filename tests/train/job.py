@@ -1,0 +1,162 @@
+"""A training job of real processes for a test: starts them, follows what they report, and leaves none behind."""
+
+import contextlib
+import dataclasses
+import multiprocessing
+import os
+import time
+from collections.abc import Callable, Iterator
+from multiprocessing.connection import Connection, wait
+from multiprocessing.context import ForkServerProcess
+from typing import Any
+
+from everstep.config import LighthouseSettings
+from everstep.lighthouse.app import Lighthouse
+from tests.train.scripts import Plan, train
+
+DEADLINE_S = 60.0
+
+_context = multiprocessing.get_context("forkserver")
+_context.set_forkserver_preload(["tests.train.scripts"])
+
+
+@dataclasses.dataclass
+class Running:
+    """One start of one replica group, and everything that it reported."""
+
+    plan: Plan
+    process: ForkServerProcess
+    pipe: Connection
+    steps: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+    logs: list[str] = dataclasses.field(default_factory=list)
+    is_holding: bool = False
+    is_done: bool = False
+    has_ended: bool = False
+
+    @property
+    def step(self) -> int:
+        return int(self.steps[-1]["step"]) if self.steps else 0
+
+    @property
+    def participants(self) -> int:
+        return int(self.steps[-1]["participants"]) if self.steps else 0
+
+    def granted(self) -> list[str]:
+        """Actions of the grants it took, in order."""
+        return [
+            line.partition("action=")[2].partition(" member=")[0] for line in self.logs if line.startswith("granted")
+        ]
+
+
+class Job:
+    """`with Job(groups) as job`: a lighthouse in this process, workers in their own."""
+
+    def __init__(self, groups: int, **lighthouse: Any) -> None:
+        self.groups = groups
+        self._settings = LighthouseSettings(port=0, **lighthouse)
+        self._stack = contextlib.ExitStack()
+        self.running: dict[int, Running] = {}
+        self._all: list[Running] = []
+        self.address = ""
+
+    def __enter__(self) -> "Job":
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # for the children: torch's own warnings
+        self.address = self._stack.enter_context(Lighthouse.in_thread(self._settings)).address
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for running in self._all:
+            if running.process.is_alive():
+                running.process.kill()
+            running.process.join(10)
+            running.pipe.close()
+        self._stack.close()
+
+    def start(self, group: int, **plan: Any) -> Running:
+        ours, theirs = _context.Pipe()
+        made = Plan(group=group, groups=self.groups, lighthouse=self.address, **plan)
+        process = _context.Process(target=train, args=(made, theirs))
+        process.start()
+        theirs.close()
+        running = self.running[group] = Running(made, process, ours)
+        self._all.append(running)
+        return running
+
+    def start_all(self, plans: dict[int, dict[str, Any]] | None = None) -> None:
+        for group in range(self.groups):
+            self.start(group, **(plans or {}).get(group, {}))
+
+    def until(self, is_reached: Callable[[], bool], what: str, deadline_s: float = DEADLINE_S) -> None:
+        deadline = time.monotonic() + deadline_s
+        while not is_reached():
+            left = deadline - time.monotonic()
+            open_pipes = {r.pipe: r for r in self._all if not r.has_ended}
+            if left <= 0 or not open_pipes:
+                raise AssertionError(f"{what}: not within {deadline_s:g} s\n{self.describe()}")
+            for pipe in wait(list(open_pipes), left):
+                self._take(open_pipes[pipe])  # type: ignore[index]
+
+    def _take(self, running: Running) -> None:
+        try:
+            report = running.pipe.recv()
+        except (EOFError, ConnectionResetError):
+            running.has_ended = True
+            return
+        match report["event"]:
+            case "step":
+                running.steps.append(report)
+            case "log":
+                running.logs.append(report["text"])
+            case "holding":
+                running.is_holding = True
+            case "done":
+                running.is_done = True
+
+    def until_steps(self, members: list[Running], step: int) -> None:
+        self.until(lambda: all(m.step >= step for m in members), f"all of {len(members)} reach step {step}")
+
+    def until_gone(self, running: Running) -> None:
+        self.until(lambda: running.has_ended, f"group {running.plan.group} dies")
+
+    def stop(self, members: list[Running] | None = None) -> None:
+        """Let these (all that live) end after the same step, some steps from here."""
+        members = members if members is not None else [r for r in self.running.values() if not r.has_ended]
+        step = max(member.step for member in members) + 10
+        for member in members:
+            member.pipe.send(step)
+        self.until(lambda: all(member.has_ended for member in members), "all end")
+        for member in members:
+            member.process.join(10)
+            assert member.is_done, self.describe()
+            assert member.process.exitcode == 0
+
+    def describe(self) -> str:
+        lines = []
+        for r in self._all:
+            state = f"exit {r.process.exitcode}" if r.has_ended else "runs"
+            lines.append(f"group {r.plan.group} {state} step {r.step} " + " | ".join(r.logs[-6:]))
+        return "\n".join(lines)
+
+
+def digests(members: list[Running]) -> Iterator[tuple[str, set[str]]]:
+    """For each lineage that more than one of them reported: the digests of their parameters."""
+    found: dict[str, set[str]] = {}
+    for member in members:
+        for report in member.steps:
+            if report["committed"]:
+                found.setdefault(report["lineage"], set()).add(report["digest"])
+    yield from found.items()
+
+
+def assert_same_bits(members: list[Running]) -> None:
+    for lineage, found in digests(members):
+        assert len(found) == 1, f"{len(found)} different states at {lineage}"
+
+
+def assert_nothing_lost(survivors: list[Running]) -> None:
+    """No computed step lost, none repeated, no state moved between survivors."""
+    for survivor in survivors:
+        lost = [report for report in survivor.steps if not report["committed"]]
+        assert not lost, lost
+        steps = [report["step"] for report in survivor.steps]
+        assert steps == list(range(steps[0], steps[0] + len(steps)))

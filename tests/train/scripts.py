@@ -1,0 +1,219 @@
+"""Training scripts that tests run in processes of their own, with faults at exact points of a step.
+
+A child is forked from a server that has imported torch and Everstep, runs `train`, and reports through its pipe.
+"""
+
+import dataclasses
+import logging
+import os
+import signal
+import threading
+from multiprocessing.connection import Connection
+from typing import Any
+
+import torch
+import xxhash
+from torch.utils.data import DataLoader, TensorDataset
+
+import everstep as es
+from everstep.collectives.process_group import Membership, ReconfigurableProcessGroup, ReduceOp, Work
+from everstep.core.types import QuorumId
+from everstep.errors import StepInterrupted
+
+HOLD_DEADLINE_S = 30.0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What a worker does beside training. `at_step` counts the steps that are being made, from 1."""
+
+    group: int
+    groups: int
+    lighthouse: str
+    seed: int = 0
+    at_step: int = 0
+    die_in: str = ""  # forward, backward, reduction, before_step, vote, voted, optimizer, updated
+    object_at_step: int = 0  # report_error in this one
+    hold_at_step: int = 0  # in before_step, until the test says go
+    lose_vote_at_step: int = 0  # the result of this vote never reaches the training thread
+    workers: int = 0  # of the DataLoader
+    init_sync: bool = True
+    options: dict[str, Any] = dataclasses.field(default_factory=dict)  # of the Manager
+
+
+def die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+class FaultyGroup(ReconfigurableProcessGroup):
+    """Delegates to the real group, and strikes at an operation."""
+
+    def __init__(self, inner: ReconfigurableProcessGroup, worker: "Worker") -> None:
+        self._inner = inner
+        self._worker = worker
+        self.aborted = threading.Event()
+
+    def configure(self, membership: Membership) -> None:
+        self.aborted.clear()
+        self._inner.configure(membership)
+
+    def abort(self, up_to: QuorumId) -> None:
+        self._inner.abort(up_to)
+        self.aborted.set()
+
+    def release_previous(self) -> None:
+        self._inner.release_previous()
+
+    def allreduce(self, tensor: torch.Tensor, op: ReduceOp = ReduceOp.SUM) -> Work:
+        worker = self._worker
+        is_vote = op is ReduceOp.MIN
+        if is_vote:
+            worker.strike("vote")
+        work = self._inner.allreduce(tensor, op)
+        if is_vote and worker.step == worker.plan.lose_vote_at_step:
+            return LostWork(work, self)
+        worker.strike("voted" if is_vote else "reduction")
+        return work
+
+    def allgather(self, tensor: torch.Tensor) -> torch.Tensor:
+        return self._inner.allgather(tensor)
+
+    @property
+    def quorum_id(self) -> QuorumId | None:
+        return self._inner.quorum_id
+
+    @property
+    def rank(self) -> int:
+        return self._inner.rank
+
+    @property
+    def size(self) -> int:
+        return self._inner.size
+
+    def close(self) -> None:
+        self._inner.close()
+
+
+class LostWork:
+    """Takes part in the operation, but its end is never seen here: the freeze comes first."""
+
+    def __init__(self, work: Work, group: FaultyGroup) -> None:
+        self._work = work
+        self._group = group
+
+    def wait(self) -> None:
+        self._work.wait()
+        if not self._group.aborted.wait(HOLD_DEADLINE_S):
+            raise TimeoutError("nobody froze this member")
+        raise StepInterrupted("the result was lost")
+
+    def is_completed(self) -> bool:
+        return False
+
+
+class StrikingSGD(torch.optim.SGD):
+    worker: "Worker"
+
+    def step(self, closure: Any = None) -> Any:
+        self.worker.strike("optimizer")
+        result = super().step(closure)
+        self.worker.strike("updated")
+        return result
+
+
+class Reports(logging.Handler):
+    """Sends Everstep's log lines to the test."""
+
+    def __init__(self, pipe: Connection) -> None:
+        super().__init__()
+        self._pipe = pipe
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._pipe.send({"event": "log", "text": record.getMessage()})
+
+
+class Worker:
+    """One replica group."""
+
+    def __init__(self, plan: Plan, pipe: Connection) -> None:
+        self.plan = plan
+        self.pipe = pipe
+        self.step = 0  # that is being made
+        self.stop_step = 1 << 60
+        self.has_objected = False
+
+    def strike(self, point: str) -> None:
+        if self.plan.die_in == point and self.step == self.plan.at_step:
+            die()
+
+    def run(self) -> None:
+        torch.set_num_threads(1)
+        torch.manual_seed(self.plan.seed + self.plan.group)
+        logging.getLogger("everstep").addHandler(Reports(self.pipe))
+        logging.getLogger("everstep").setLevel(logging.INFO)
+        net = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.Tanh(), torch.nn.Linear(16, 1))
+        inner = StrikingSGD(net.parameters(), lr=0.05, momentum=0.9)
+        inner.worker = self
+        inputs = torch.randn(512, 8, generator=torch.Generator().manual_seed(1))
+        dataset = TensorDataset(inputs, inputs.sum(1, keepdim=True).sin())
+        with es.Manager(
+            lighthouse=self.plan.lighthouse,
+            replica_group_id=str(self.plan.group),
+            replica_groups=self.plan.groups,
+            init_sync=self.plan.init_sync,
+            **self.plan.options,
+        ) as manager:
+            presence = manager._presence
+            assert presence is not None
+            presence.group = FaultyGroup(presence.group, self)
+            model = es.DistributedDataParallel(manager, net)
+            optimizer = es.Optimizer(manager, inner, before_step=lambda: self._before_step())
+            sampler = es.DistributedSampler(manager, dataset, batch_size=4)
+            loader = DataLoader(dataset, batch_sampler=sampler, num_workers=self.plan.workers)
+            net[0].register_forward_hook(lambda *_: self.strike("forward"))
+            next(net.parameters()).register_hook(lambda _: self.strike("backward"))  # type: ignore[no-untyped-call]
+            for epoch in range(1 << 30):
+                sampler.set_epoch(epoch)
+                for x, y in sampler.batches(loader):
+                    self.step = manager.current_step() + 1
+                    optimizer.zero_grad()
+                    torch.nn.functional.mse_loss(model(x), y).backward()  # type: ignore[no-untyped-call]
+                    if self.step == self.plan.object_at_step and not self.has_objected:
+                        self.has_objected = True
+                        manager.report_error(ValueError("the test objects"))
+                    result = optimizer.step()
+                    self._report(manager, net, result)
+                    if result.step >= self.stop_step:
+                        return
+
+    def _before_step(self) -> None:
+        self.strike("before_step")
+        if self.step == self.plan.hold_at_step:
+            self.pipe.send({"event": "holding"})
+            if not self.pipe.poll(HOLD_DEADLINE_S):
+                raise TimeoutError("the test never said go")
+            self.pipe.recv()
+
+    def _report(self, manager: es.Manager, net: torch.nn.Module, result: es.StepResult) -> None:
+        while self.pipe.poll():
+            self.stop_step = self.pipe.recv()
+        digest = xxhash.xxh3_64()
+        for tensor in [*net.state_dict().values(), *(p.grad for p in net.parameters() if p.grad is not None)]:
+            digest.update(tensor.numpy().tobytes())
+        self.pipe.send(
+            {
+                "event": "step",
+                "step": result.step,
+                "committed": result.committed,
+                "participants": result.participants,
+                "why": result.why,
+                "digest": digest.hexdigest(),
+                "lineage": manager.lineage(),
+            }
+        )
+
+
+def train(plan: Plan, pipe: Connection) -> None:
+    """A process's whole life."""
+    Worker(plan, pipe).run()
+    pipe.send({"event": "done"})
