@@ -22,7 +22,7 @@ from everstep.core.quorum import RoundView, Won, count_round
 from everstep.core.reconfiguration import Reconfigurer
 from everstep.core.replica import Replica
 from everstep.core.roster import Peer
-from everstep.core.types import Action, Phase, Quorum, QuorumId, Report
+from everstep.core.types import Action, Phase, QuorumId, Report
 
 # ---- members
 
@@ -208,7 +208,7 @@ class _TakesEvictedBack(Admission):
     def _hello_with_state(self, peer: Peer, now: float) -> list[Effect]:
         current = self._state.current
         if current is not None and peer.member not in self._state.known_members:
-            self._state.current = Quorum(current.id, (*current.members, peer.address), current.store)
+            self._state.current = self._state.new_quorum({m.id: m for m in (*current.members, peer.address)})
         self._state.suspects.pop(peer.member, None)
         return super()._hello_with_state(peer, now)
 

@@ -77,6 +77,8 @@ WHO_COMMITS_FIRST_DIES = tuple(at("VoteEnded", "kill", nth=n) for n in (4, 9, 14
 # Everybody is frozen and answers; nobody is dead; the lighthouse forgets the round.
 ROUND_FORGOTTEN = (at("lighthouse:Ready", "lighthouse", seconds=0.01),)
 
+# g2 is left out while its link is down, and the others go on.
+LEFT_OUT_WHILE_AWAY = (at("VoteEnded", "link", by="g2", nth=3, seconds=1.0),)
 # A proposal misses the member whose link is just then down for a moment.
 PROPOSAL_MISSED = (
     at("VoteEnded", "join", nth=4),

@@ -16,6 +16,7 @@ from tests.sim.schedules import (
     HASTY,
     LAN,
     LEAVER_LEFT_ALONE,
+    LEFT_OUT_WHILE_AWAY,
     PROPOSAL_MISSED,
     PROPOSALS_APART,
     ROUND_FORGOTTEN,
@@ -121,7 +122,14 @@ CASES = {
     "what is not reduced everywhere is committed": Sabotage(
         lighthouse=sabotage.CommitsInsteadOfReducing, expect="nothing to commit"
     ),
-    "an evicted member returns as a survivor": Sabotage(lighthouse=sabotage.TakesEvictedBackAsSurvivors),
+    "an evicted member returns as a survivor": Sabotage(
+        lighthouse=sabotage.TakesEvictedBackAsSurvivors,
+        expect="late",
+        groups=3,
+        climate=LAN,
+        faults=NOTHING,
+        triggers=LEFT_OUT_WHILE_AWAY,
+    ),
     "a leaver is granted alone": Sabotage(
         lighthouse=sabotage.GrantsToLeaversAlone,
         expect="I1",
