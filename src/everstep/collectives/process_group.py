@@ -27,8 +27,8 @@ class ReduceOp(enum.Enum):
 class Membership:
     """This member's place in a quorum, and where the members find each other.
 
-    `store` is the `host:port` of a store (store.py) that some member hosts. `timeout_s` bounds building and each operation; it
-    is long because liveness is not its business: who finds out that a member died calls `abort`.
+    `store` is the `host:port` of a store (store.py) that some member hosts. `timeout_s` bounds building and each
+    operation; it is long because liveness is not its business: who finds out that a member died calls `abort`.
     """
 
     quorum_id: QuorumId
