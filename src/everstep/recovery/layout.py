@@ -17,16 +17,14 @@ from everstep.recovery.tree import PendingArray, PendingTensor, flatten
 
 CHUNK_BYTES = 4 << 20
 _ALIGNMENT = 16  # the largest element, complex128: every tied view's offset is a whole number of its elements
-# Some dtypes, such as uint4, have no copy kernel; their bytes are copied as these, by element size.
-_CARRIERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 @dataclass(frozen=True)
 class Layout:
     """A manifest, and where the bytes of each region are now; nothing is copied yet.
 
-    `sources[i]`: what to copy region i from: a view of its live bytes, a tensor to be made contiguous, or bytes.
-    A donor may copy any byte range of the payload at a time: a stripe of it, or a part in each step.
+    `sources[i]`: what to copy region i from: a view of exactly its bytes, a tensor to be made contiguous, or bytes.
+    A donor may copy any byte range of the payload at a time, so a stripe of it, or a part in each step.
     """
 
     manifest: Manifest
@@ -80,9 +78,10 @@ def as_bytes(source: torch.Tensor | bytes) -> torch.Tensor:
     if isinstance(source, bytes):
         return torch.frombuffer(bytearray(source), dtype=torch.uint8)
     if not source.is_contiguous():
-        source = source.view(_CARRIERS.get(source.element_size(), source.dtype)).contiguous()
-    begin = int(source.storage_offset()) * source.element_size()
-    return raw_view(source, begin, source.numel() * source.element_size())
+        source = _as_plain(source).contiguous()
+    return raw_view(
+        source, int(source.storage_offset()) * source.element_size(), source.numel() * source.element_size()
+    )
 
 
 def raw_view(tensor: torch.Tensor, begin: int, size: int) -> torch.Tensor:
