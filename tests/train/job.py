@@ -32,6 +32,7 @@ class Running:
     is_holding: bool = False
     is_done: bool = False
     has_ended: bool = False
+    error: str = ""
 
     @property
     def step(self) -> int:
@@ -109,6 +110,8 @@ class Job:
                 running.logs.append(report["text"])
             case "holding":
                 running.is_holding = True
+            case "error":
+                running.error = f"{report['kind']}: {report['text']}"
             case "done":
                 running.is_done = True
 

@@ -17,8 +17,10 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import everstep as es
 from everstep.collectives.process_group import Membership, ReconfigurableProcessGroup, ReduceOp, Work
+from everstep.core.moves import CollectiveFailed
 from everstep.core.types import QuorumId
 from everstep.errors import StepInterrupted
+from everstep.train.presence import Presence
 
 HOLD_DEADLINE_S = 30.0
 
@@ -36,7 +38,13 @@ class Plan:
     object_at_step: int = 0  # report_error in this one
     hold_at_step: int = 0  # in before_step, until the test says go
     lose_vote_at_step: int = 0  # the result of this vote never reaches the training thread
+    lose_reduction_at_step: int = 0
+    fail_at_step: int = 0  # report a failed collective between backward and step, though nobody died
+    change_by_hand: bool = False  # clip between backward and step instead of in before_step
     workers: int = 0  # of the DataLoader
+    batch_size: int = 4
+    width: int = 16
+    name: str = ""  # replica_group_id; the group's number by default
     init_sync: bool = True
     options: dict[str, Any] = dataclasses.field(default_factory=dict)  # of the Manager
 
@@ -70,7 +78,9 @@ class FaultyGroup(ReconfigurableProcessGroup):
         if is_vote:
             worker.strike("vote")
         work = self._inner.allreduce(tensor, op)
-        if is_vote and worker.step == worker.plan.lose_vote_at_step:
+        lost_at = worker.plan.lose_vote_at_step if is_vote else worker.plan.lose_reduction_at_step
+        if worker.step == lost_at and not worker.has_lost:
+            worker.has_lost = True
             return LostWork(work, self)
         worker.strike("voted" if is_vote else "reduction")
         return work
@@ -141,6 +151,9 @@ class Worker:
         self.step = 0  # that is being made
         self.stop_step = 1 << 60
         self.has_objected = False
+        self.has_failed = False
+        self.has_lost = False
+        self.has_held = False
 
     def strike(self, point: str) -> None:
         if self.plan.die_in == point and self.step == self.plan.at_step:
@@ -151,14 +164,15 @@ class Worker:
         torch.manual_seed(self.plan.seed + self.plan.group)
         logging.getLogger("everstep").addHandler(Reports(self.pipe))
         logging.getLogger("everstep").setLevel(logging.INFO)
-        net = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.Tanh(), torch.nn.Linear(16, 1))
+        width = self.plan.width
+        net = torch.nn.Sequential(torch.nn.Linear(8, width), torch.nn.Tanh(), torch.nn.Linear(width, 1))
         inner = StrikingSGD(net.parameters(), lr=0.05, momentum=0.9)
         inner.worker = self
         inputs = torch.randn(512, 8, generator=torch.Generator().manual_seed(1))
-        dataset = TensorDataset(inputs, inputs.sum(1, keepdim=True).sin())
+        dataset = TensorDataset(inputs, inputs.sum(1, keepdim=True).sin(), torch.arange(len(inputs)))
         with es.Manager(
             lighthouse=self.plan.lighthouse,
-            replica_group_id=str(self.plan.group),
+            replica_group_id=self.plan.name or str(self.plan.group),
             replica_groups=self.plan.groups,
             init_sync=self.plan.init_sync,
             **self.plan.options,
@@ -168,33 +182,53 @@ class Worker:
             presence.group = FaultyGroup(presence.group, self)
             model = es.DistributedDataParallel(manager, net)
             optimizer = es.Optimizer(manager, inner, before_step=lambda: self._before_step())
-            sampler = es.DistributedSampler(manager, dataset, batch_size=4)
+            sampler = es.DistributedSampler(manager, dataset, batch_size=self.plan.batch_size)
             loader = DataLoader(dataset, batch_sampler=sampler, num_workers=self.plan.workers)
             net[0].register_forward_hook(lambda *_: self.strike("forward"))
             next(net.parameters()).register_hook(lambda _: self.strike("backward"))  # type: ignore[no-untyped-call]
             for epoch in range(1 << 30):
                 sampler.set_epoch(epoch)
-                for x, y in sampler.batches(loader):
+                for x, y, ids in sampler.batches(loader):
                     self.step = manager.current_step() + 1
                     optimizer.zero_grad()
                     torch.nn.functional.mse_loss(model(x), y).backward()  # type: ignore[no-untyped-call]
+                    if self.plan.change_by_hand:
+                        torch.nn.utils.clip_grad_norm_(net.parameters(), 1e-3)
+                        self._hold()
+                    if self.step == self.plan.fail_at_step and not self.has_failed:
+                        self.has_failed = True
+                        self._report_failure(presence)
                     if self.step == self.plan.object_at_step and not self.has_objected:
                         self.has_objected = True
                         manager.report_error(ValueError("the test objects"))
                     result = optimizer.step()
-                    self._report(manager, net, result)
+                    self._report(manager, net, result, ids.tolist())
                     if result.step >= self.stop_step:
                         return
 
     def _before_step(self) -> None:
         self.strike("before_step")
-        if self.step == self.plan.hold_at_step:
+        if not self.plan.change_by_hand:
+            self._hold()
+
+    def _hold(self) -> None:
+        if self.step == self.plan.hold_at_step and not self.has_held:
+            self.has_held = True
             self.pipe.send({"event": "holding"})
             if not self.pipe.poll(HOLD_DEADLINE_S):
                 raise TimeoutError("the test never said go")
             self.pipe.recv()
 
-    def _report(self, manager: es.Manager, net: torch.nn.Module, result: es.StepResult) -> None:
+    def _report_failure(self, presence: Presence) -> None:
+        """As if a collective had failed; returns when the others are frozen too and the round is decided."""
+        with presence.changed:
+            before = presence.replica.quorum
+            assert before is not None
+            presence.feed(CollectiveFailed(before.id, None, "the test says so"))
+            decided = presence.changed.wait_for(lambda: presence.replica.quorum != before, HOLD_DEADLINE_S)
+            assert decided
+
+    def _report(self, manager: es.Manager, net: torch.nn.Module, result: es.StepResult, ids: list[int]) -> None:
         while self.pipe.poll():
             self.stop_step = self.pipe.recv()
         digest = xxhash.xxh3_64()
@@ -207,6 +241,7 @@ class Worker:
                 "committed": result.committed,
                 "participants": result.participants,
                 "why": result.why,
+                "ids": ids,
                 "digest": digest.hexdigest(),
                 "lineage": manager.lineage(),
             }
@@ -215,5 +250,9 @@ class Worker:
 
 def train(plan: Plan, pipe: Connection) -> None:
     """A process's whole life."""
-    Worker(plan, pipe).run()
+    try:
+        Worker(plan, pipe).run()
+    except es.EverstepError as error:
+        pipe.send({"event": "error", "kind": type(error).__name__, "text": str(error)})
+        return
     pipe.send({"event": "done"})
