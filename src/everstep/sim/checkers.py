@@ -32,7 +32,8 @@ class Checkers:
         self.committed: dict[tuple[str, int], bytes] = {}
         self.weights: dict[tuple[str, int], int] = {}
         self.batch_at: dict[tuple[str, Batch], int] = {}
-        self._histories: list[str] = []  # in the order of their first commits
+        # The last step of each history, in the order of their first commits; -1 while it is the newest.
+        self._ends: dict[str, int] = {}
         self._members_of: dict[QuorumId, tuple[MemberId, ...]] = {}
         self._quorum_of: dict[str, QuorumId] = {}
         self._lineage_of: dict[str, Lineage] = {}
@@ -69,12 +70,16 @@ class Checkers:
     def applied(self, process: str, lineage: Lineage, weights: Weights, gradient: tuple[Batch, ...]) -> None:
         """`process` applied the gradient of a committed step: same weights everywhere (I2), each batch once (I4).
 
-        A history that was founded anew ends the one before it: nobody commits to that any more (I1 over histories).
+        A history that was founded anew ends the one before it (I1 over histories). One step of that may still be
+        committed by somebody who was away: the step whose votes were complete when all others died.
         """
-        if lineage.history not in self._histories:
-            self._histories.append(lineage.history)
-        elif lineage.history != self._histories[-1] and (lineage.history, lineage.step) not in self.weights:
-            raise Violation(f"I1 {process} commits to {lineage.history}, but {self._histories[-1]} has begun")
+        if lineage.history not in self._ends:
+            self._ends[lineage.history] = -1
+            for older in list(self._ends)[:-1]:
+                if self._ends[older] < 0:
+                    self._ends[older] = max(step for history, step in self.weights if history == older)
+        elif 0 <= self._ends[lineage.history] < lineage.step - 1:
+            raise Violation(f"I1 {process} commits to {lineage.history}, but {list(self._ends)[-1]} has begun")
         known = self.weights.setdefault((lineage.history, lineage.step), weights.value)
         if known != weights.value:
             raise Violation(f"I2 {process} has other weights at step {lineage.step}")

@@ -231,7 +231,8 @@ class World:
 
     def _check_progress(self) -> str:
         """I7: within the bound, everybody alive is in one settled quorum and a good way further."""
-        until = self.now + HEAL_LIMIT_S * self.climate.patience
+        work_s = 2 * self.steps * sum(self.delays.compute)
+        until = self.now + HEAL_LIMIT_S * self.climate.patience + work_s
         if self._run_until(self._all_arrived, until):
             return "ok"
         living = self.living()
