@@ -187,7 +187,7 @@ class LighthouseMachine:
         self._detector.forget(peer.member)
         out: list[Effect] = [Log("member left", {"member": str(peer.member), "reason": message.reason})]
         if peer.member not in state.known_members:
-            return out
+            return out + self._admission.admit_contenders_of(peer.member.replica_id, now)
         state.departed[peer.member] = message.had_state
         # The others may be about to leave as well: end of training. If not, their next collective tells at once.
         self._detector.watch(peer.member, now)
@@ -210,7 +210,8 @@ class LighthouseMachine:
             refusal = Refused(RefusalCode.JOB_ENDED, "the job ended while this group was joining it")
             out += self._roster.send(refusal, [member])
         for member in state.known_members:
-            self._detector.forget(member)
+            if not self._roster.is_connected(member):  # else its silence may be what a contender waits for
+                self._detector.forget(member)
         self._joiners.clear()
         ended = state.history
         out += self._founding.forget_history()

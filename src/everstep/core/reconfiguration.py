@@ -149,7 +149,10 @@ class Reconfigurer:
             case Lost(is_unused) if is_unused:
                 return self._abandon_founding()
             case Lost():
-                return self._say_waiting("no member that holds the state answers; only the operator can start anew")
+                return self._say_waiting(
+                    "no member that holds the state answers; to give it up, start the lighthouse on an empty state "
+                    "directory and the groups again"
+                )
             case Won(survivors):
                 return self._grant(survivors, now)
         raise AssertionError("unreachable")

@@ -162,7 +162,7 @@ class Report(msgspec.Struct, frozen=True, array_like=True):
 
 
 class RefusalCode(str, enum.Enum):
-    """Why the lighthouse turns somebody away; only EVICTED and BUSY let the same process go on."""
+    """Why the lighthouse turns somebody away; EVICTED, BUSY and STRANGER let the same process go on."""
 
     EVICTED = "evicted"  # a grant left it out; it goes on under a new incarnation, without state
     REPLICA_ID_TAKEN = "replica-id-taken"  # by another live process

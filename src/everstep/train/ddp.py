@@ -19,7 +19,7 @@ class DistributedDataParallel(torch.nn.Module):
     (BatchNorm's statistics) are averaged and take effect when the step commits. The module's state is registered with
     the manager as `name`, so that joiners recover it. Use it on the thread that made it.
 
-    Raises ConfigError for a module without parameters that require gradients, or with sparse ones.
+    Sparse gradients are reduced as dense ones. Raises ConfigError for a module with nothing to train.
     """
 
     def __init__(self, manager: Manager, module: torch.nn.Module, *, name: str = "model") -> None:
