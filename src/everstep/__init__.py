@@ -9,11 +9,15 @@ from typing import TYPE_CHECKING
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from everstep.core.events import EventKind as EventKind
+    from everstep.core.events import JobEvent as JobEvent
     from everstep.errors import ConfigError as ConfigError
     from everstep.errors import EverstepError as EverstepError
     from everstep.errors import LighthouseRefused as LighthouseRefused
     from everstep.errors import LighthouseUnreachable as LighthouseUnreachable
     from everstep.lighthouse.app import Lighthouse as Lighthouse
+    from everstep.subscribe import subscribe_events as subscribe_events
+    from everstep.subscribe import subscribe_failures as subscribe_failures
     from everstep.train.ddp import DistributedDataParallel as DistributedDataParallel
     from everstep.train.manager import Manager as Manager
     from everstep.train.manager import StepResult as StepResult
@@ -25,12 +29,16 @@ _HOMES = {
     "EverstepError": "everstep.errors",
     "LighthouseRefused": "everstep.errors",
     "LighthouseUnreachable": "everstep.errors",
+    "EventKind": "everstep.core.events",
+    "JobEvent": "everstep.core.events",
     "Lighthouse": "everstep.lighthouse.app",
     "DistributedDataParallel": "everstep.train.ddp",
     "Manager": "everstep.train.manager",
     "StepResult": "everstep.train.manager",
     "Optimizer": "everstep.train.optimizer",
     "DistributedSampler": "everstep.train.sampler",
+    "subscribe_events": "everstep.subscribe",
+    "subscribe_failures": "everstep.subscribe",
 }
 
 __all__ = ["__version__", *_HOMES]

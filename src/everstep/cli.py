@@ -9,7 +9,7 @@ import typer
 
 from everstep import __version__
 from everstep.config import LIGHTHOUSE_PORT, LighthouseSettings, job_token
-from everstep.errors import ConfigError
+from everstep.errors import ConfigError, LighthouseRefused, LighthouseUnreachable
 
 EXIT_CONFIG = 90  # an argument, a variable or the machine's set-up is wrong; starting again would not help
 
@@ -30,6 +30,9 @@ def main() -> None:
     except ConfigError as error:
         typer.echo(f"everstep: {error}", err=True)
         sys.exit(EXIT_CONFIG)
+    except (LighthouseUnreachable, LighthouseRefused) as error:
+        typer.echo(f"everstep: {error}", err=True)
+        sys.exit(1)
 
 
 def _print_version(is_asked: bool) -> None:
@@ -56,6 +59,9 @@ def lighthouse(
     heartbeat_timeout: Annotated[float, typer.Option(help="Seconds of silence that make a member suspect.")] = 2.0,
     state_dir: Annotated[Path | None, typer.Option(help="Where to remember jobs over a restart.")] = None,
     token_file: Annotated[Path | None, typer.Option(help="File of the job token, mode 0600.")] = None,
+    stuck_timeout: Annotated[
+        float | None, typer.Option(help="Seconds that one group may hold all others up; learned by default.")
+    ] = None,
     tls_cert: Annotated[Path | None, typer.Option(help="PEM file of the certificate.")] = None,
     tls_key: Annotated[Path | None, typer.Option(help="PEM file of its key.")] = None,
     job: Annotated[list[str] | None, typer.Option(help="Serve only this job; may be repeated.")] = None,
@@ -67,6 +73,7 @@ def lighthouse(
         min_replicas=min_replicas,
         join_timeout_s=join_timeout,
         heartbeat_timeout_s=heartbeat_timeout,
+        stuck_timeout_s=stuck_timeout,
         state_dir=state_dir,
         token=job_token(token_file=token_file),
         tls_cert=tls_cert,
@@ -83,6 +90,51 @@ def lighthouse(
         typer.echo(f"everstep lighthouse listening on {ready.address}")
 
     serve(settings, announce)
+
+
+LighthouseOption = Annotated[str | None, typer.Option(help="host:port; EVERSTEP_LIGHTHOUSE by default.")]
+JobOption = Annotated[str | None, typer.Option(help="Which job; EVERSTEP_JOB_ID, else `default`.")]
+TokenOption = Annotated[Path | None, typer.Option(help="File of the job token, mode 0600.")]
+
+
+@app.command()
+def events(
+    lighthouse: LighthouseOption = None,
+    job: JobOption = None,
+    token_file: TokenOption = None,
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on with what happens from now on.")] = False,
+    after: Annotated[str, typer.Option(help="A cursor to go on from; `oldest`: all that is kept.")] = "oldest",
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object a line, with everything.")] = False,
+) -> None:
+    """Show what happened in a job: who joined, failed and left, and every quorum."""
+    import msgspec
+
+    from everstep.subscribe import line, subscribe_events
+
+    subscription = subscribe_events(
+        lighthouse=lighthouse, job_id=job, token_file=token_file, after=after, follow=follow, connect_timeout_s=10.0
+    )
+    with subscription:
+        try:
+            for event in subscription:
+                typer.echo(msgspec.json.encode(event).decode() if as_json else line(event))
+                sys.stdout.flush()
+        except KeyboardInterrupt:
+            return
+
+
+@app.command()
+def drain(
+    group: Annotated[str, typer.Argument(help="The replica group's id, as in REPLICA_GROUP_ID.")],
+    lighthouse: LighthouseOption = None,
+    job: JobOption = None,
+    token_file: TokenOption = None,
+) -> None:
+    """Let a group leave its job at a step boundary; no step fails anywhere."""
+    from everstep.link.operate import drain_group
+    from everstep.subscribe import target
+
+    typer.echo(drain_group(target(lighthouse=lighthouse, job_id=job, token_file=token_file), group))
 
 
 @app.command()

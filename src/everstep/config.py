@@ -11,6 +11,7 @@ package reads the environment, and nothing writes it.
 | EVERSTEP_TLS_CA | PEM file of the authority that signed the lighthouse's certificate |
 | REPLICA_GROUP_ID | this replica group's stable name |
 | NUM_REPLICA_GROUPS | how many groups found the job together |
+| EVERSTEP_PROACTIVE_RECOVERY | 0: a notice of a failure interrupts nothing; collectives must fail by themselves |
 """
 
 import dataclasses
@@ -43,8 +44,13 @@ class ManagerSettings:
     replica_groups: int = 0  # 0: not known
     min_replicas: int = 1
     connect_timeout_s: float = 30.0
+    collective_timeout_s: float = 300.0
+    drain_grace_s: float = 20.0
+    proactive_recovery: bool = True
 
     def __post_init__(self) -> None:
+        check_duration("collective_timeout_s", self.collective_timeout_s)
+        check_duration("drain_grace_s", self.drain_grace_s)
         check_job_id("job_id", self.job_id)
         check_token("token", self.token)
         _check_name("replica_group_id (REPLICA_GROUP_ID)", self.replica_group_id, REPLICA_ID_CHARS_MAX)
@@ -68,6 +74,9 @@ class LighthouseSettings:
     join_timeout_s: float = 10.0
     heartbeat_timeout_s: float = 2.0
     link_grace_s: float = 0.02
+    stuck_timeout_s: float | None = None  # None: learned from each job's steps
+    stuck_floor_s: float = 10.0  # the least that is learned
+    stuck_initial_s: float = 300.0  # for the first steps of a process
     state_dir: Path | None = None  # None: the lighthouse's memory ends with its process
     token: bytes | None = dataclasses.field(default=None, repr=False)
     tls_cert: Path | None = None
@@ -82,6 +91,10 @@ class LighthouseSettings:
         check_duration("join_timeout_s", self.join_timeout_s)
         check_duration("heartbeat_timeout_s", self.heartbeat_timeout_s)
         check_duration("link_grace_s", self.link_grace_s)
+        check_duration("stuck_floor_s", self.stuck_floor_s)
+        check_duration("stuck_initial_s", self.stuck_initial_s)
+        if self.stuck_timeout_s is not None:
+            check_duration("stuck_timeout_s", self.stuck_timeout_s)
         check_token("token", self.token)
         for job_id in self.jobs:
             check_job_id("jobs", job_id)
@@ -111,6 +124,9 @@ def manager_settings(
     replica_groups: int | None = None,
     min_replicas: int = 1,
     connect_timeout_s: float = 30.0,
+    collective_timeout_s: float = 300.0,
+    drain_grace_s: float = 20.0,
+    proactive_recovery: bool | None = None,
     environ: Mapping[str, str] | None = None,
 ) -> ManagerSettings:
     """Settings from these arguments and, where they are None, from the environment. Raises ConfigError."""
@@ -131,6 +147,11 @@ def manager_settings(
         replica_groups=replica_groups if replica_groups is not None else _count_in(env, "NUM_REPLICA_GROUPS"),
         min_replicas=min_replicas,
         connect_timeout_s=connect_timeout_s,
+        collective_timeout_s=collective_timeout_s,
+        drain_grace_s=drain_grace_s,
+        proactive_recovery=(
+            proactive_recovery if proactive_recovery is not None else _flag_in(env, "EVERSTEP_PROACTIVE_RECOVERY", True)
+        ),
     )
 
 
@@ -251,3 +272,12 @@ def _count_in(env: Mapping[str, str], variable: str) -> int:
     if not text.isascii() or not text.isdigit():
         raise ConfigError(f"{variable}={text!r} must be a whole number, the number of replica groups")
     return int(text[:12])
+
+
+def _flag_in(env: Mapping[str, str], variable: str, default: bool) -> bool:
+    text = env.get(variable, "").strip().lower()
+    if not text:
+        return default
+    if text not in ("0", "1", "true", "false", "yes", "no", "on", "off"):
+        raise ConfigError(f"{variable}={text!r} must be 1 or 0")
+    return text in ("1", "true", "yes", "on")

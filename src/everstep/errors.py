@@ -9,6 +9,7 @@ EverstepError
 │   └── PeerLost                … and the error names (or suspects) one peer
 └── RecoveryFailed              live state could not be fetched this time; the member starts over
 
+GroupDrained (a SystemExit, code 0) unwinds the script of a group that was asked to leave and has left.
 LocalProtocolError (our bug) and RemoteProtocolError (illegal bytes from the other side) stand apart, as in h11.
 """
 
@@ -17,6 +18,7 @@ from everstep.core.types import LocalProtocolError, RefusalCode, RemoteProtocolE
 __all__ = [
     "ConfigError",
     "EverstepError",
+    "GroupDrained",
     "LighthouseRefused",
     "LighthouseUnreachable",
     "LocalProtocolError",
@@ -66,3 +68,16 @@ class PeerLost(StepInterrupted):
 
 class RecoveryFailed(EverstepError):
     """Live state could not be fetched from this source; nothing was applied."""
+
+
+class GroupDrained(SystemExit):
+    """This group was asked to leave (SIGTERM, `everstep drain`) and has left; raised where its next step would begin.
+
+    A SystemExit, so that the script ends with exit code 0 and its `finally` blocks run, without a change to its loop.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(0)
+
+    def __str__(self) -> str:
+        return "this group has left the job, as it was asked to"

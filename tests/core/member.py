@@ -93,7 +93,7 @@ def reduced(**settings: object) -> Driver:
 
 def voting(is_ok: bool = True) -> Driver:
     replica = reduced()
-    assert replica.cast_vote(is_ok, 1.0) is not None
+    assert replica.cast_vote(is_ok) is not None
     return replica
 
 

@@ -200,7 +200,7 @@ class Stage:
         """vote NAME ok|no ..."""
         for name, ok in zip(words[::2], words[1::2], strict=True):
             actor = self.actors[name]
-            cast = actor.replica.cast_vote(ok == "ok", self.now)
+            cast = actor.replica.cast_vote(ok == "ok")
             if cast is None:
                 self._write(f"{name} may not vote")
                 continue

@@ -94,16 +94,16 @@ def test_t2_more_reductions_lead_back_to_running_until_the_vote() -> None:
 
 
 def test_t3_the_vote_carries_the_highest_proposal_or_the_quorum_itself() -> None:
-    assert reduced().cast_vote(True, 1.0) == VoteCast(FIRST.id, True, FIRST.id)
+    assert reduced().cast_vote(True) == VoteCast(FIRST.id, True, FIRST.id)
     replica = reduced()
     replica.tell(proposal(WITHOUT_A), proposal(GROWN))
-    assert replica.cast_vote(True, 1.0) == VoteCast(FIRST.id, True, WITHOUT_A.id)
+    assert replica.cast_vote(True) == VoteCast(FIRST.id, True, WITHOUT_A.id)
 
 
 def test_t3_a_vote_never_changes() -> None:
     replica = voting(is_ok=True)
     replica.tell(Notice(ROUND), grant(Action.VOTE), BarrierEnded(LATER.id, (Claim(genesis("h"), 0),)))
-    assert replica.cast_vote(False, 1.0) == VoteCast(LATER.id, True, LATER.id)
+    assert replica.cast_vote(False) == VoteCast(LATER.id, True, LATER.id)
 
 
 def test_t3_below_min_replicas_it_does_not_vote_ok() -> None:
@@ -132,7 +132,7 @@ def test_t4_a_no_ends_the_attempt() -> None:
 def test_t4_a_proposal_that_all_voted_for_is_adopted_whatever_the_vote_says(is_ok: bool) -> None:
     replica = reduced()
     replica.tell(proposal(GROWN))
-    replica.cast_vote(is_ok, 1.0)
+    replica.cast_vote(is_ok)
     effects = replica.tell(VoteEnded(FIRST.id, is_ok, GROWN.id, GROWN.id))
     assert sent(effects) == [Adopted(GROWN.id)]
     assert not any(isinstance(effect, Sever) for effect in effects), "the old group stays open"
@@ -143,7 +143,7 @@ def test_t4_a_proposal_that_all_voted_for_is_adopted_whatever_the_vote_says(is_o
 def test_t4_nothing_is_adopted_unless_all_voted_for_the_same() -> None:
     replica = reduced()
     replica.tell(proposal(GROWN))
-    replica.cast_vote(True, 1.0)
+    replica.cast_vote(True)
     replica.tell(VoteEnded(FIRST.id, True, FIRST.id, GROWN.id))
     assert replica.quorum == FIRST
 
@@ -151,7 +151,7 @@ def test_t4_nothing_is_adopted_unless_all_voted_for_the_same() -> None:
 def test_t4_who_is_not_in_the_adopted_quorum_leaves() -> None:
     replica = reduced()
     replica.tell(proposal(WITHOUT_A))
-    replica.cast_vote(True, 1.0)
+    replica.cast_vote(True)
     assert sent(replica.tell(VoteEnded(FIRST.id, True, WITHOUT_A.id, WITHOUT_A.id))) == [Adopted(WITHOUT_A.id)]
     assert replica.has_left
 
@@ -160,7 +160,7 @@ def test_t5_a_failed_collective_is_reported_with_the_peer_and_again_while_nothin
     replica = reduced()
     assert sent(replica.tell(CollectiveFailed(FIRST.id, 1, "reset"))) == [Failed(FIRST.id, B, "reset")]
     assert isinstance(replica.next_move(), Wait)
-    assert replica.cast_vote(True, 1.0) is None
+    assert replica.cast_vote(True) is None
     again = [m for m in sent(replica.tick(1.0 + FAILED_AGAIN_S)) if isinstance(m, Failed)]
     assert [m.quorum_id for m in again] == [FIRST.id]
 
@@ -218,6 +218,6 @@ def test_alone_it_needs_no_lighthouse() -> None:
     assert quorum is not None
     replica.tell(BarrierEnded(quorum.id, (Claim(replica.lineage, 0),)))
     replica.tell(GradientsReduced(quorum.id, 1, b"s"))
-    assert replica.cast_vote(True, 1.0) is not None
+    assert replica.cast_vote(True) is not None
     replica.tell(VoteEnded(quorum.id, True, quorum.id, quorum.id))
     assert replica.step == 1

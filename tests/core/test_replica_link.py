@@ -251,6 +251,6 @@ def test_l7_after_a_freeze_a_late_result_changes_nothing(make: Callable[[], Driv
     replica = make()
     replica.tell(Notice(ROUND))
     assert not told(replica, late)
-    assert replica.cast_vote(True, 1.0) is None
+    assert replica.cast_vote(True) is None
     replica.tell(grant(Action.REDUCE))
     assert not told(replica, late), "nor after the Grant: it is of another quorum"

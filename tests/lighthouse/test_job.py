@@ -39,6 +39,9 @@ class Script:
     def status(self, now: float) -> dict[str, object]:
         return {}
 
+    def members(self) -> list[str]:
+        return []
+
 
 class Outbox:
     """Stands where the job has its links."""
@@ -95,7 +98,7 @@ def with_job(
 
     async def main() -> None:
         with concurrent.futures.ThreadPoolExecutor(1) as executor:
-            job = Job("job", machine, outbox, journal, executor, lambda _, error: crashes.append(error))
+            job = Job("job", machine, outbox, journal, executor, lambda _, e: crashes.append(e), print)
             job.start()
             try:
                 await test(job, crashes)

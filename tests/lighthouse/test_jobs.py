@@ -26,6 +26,7 @@ class Fragile:
         self.tick = inner.tick
         self.next_deadline = inner.next_deadline
         self.status = inner.status
+        self.members = inner.members
 
     def receive(self, event: Event, now: float) -> list[Effect]:
         if isinstance(getattr(event, "message", None), Goodbye):

@@ -60,10 +60,10 @@ def test_a_lighthouses_message_survives_the_trip(message: ToMember) -> None:
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, -1.0])
 def test_a_duration_that_is_none_is_refused_in_both_directions(value: float) -> None:
-    beat = Heartbeat(phase_s=value)
-    with pytest.raises(LocalProtocolError, match=r"Heartbeat\.phase_s"):
+    beat = Heartbeat(activity_s=value)
+    with pytest.raises(LocalProtocolError, match=r"Heartbeat\.activity_s"):
         codec.encode(beat)
-    with pytest.raises(RemoteProtocolError, match=r"Heartbeat\.phase_s is .*finite"):
+    with pytest.raises(RemoteProtocolError, match=r"Heartbeat\.activity_s is .*finite"):
         codec.decode_to_lighthouse(msgspec.msgpack.encode(beat))
     with pytest.raises(RemoteProtocolError, match=r"Welcome\.heartbeat_timeout_s"):
         codec.decode_to_member(msgspec.msgpack.encode(Welcome(A, "lh", 1.0, value)))

@@ -65,7 +65,7 @@ def test_a_message_to_many_links_reaches_each_of_them_once() -> None:
     [
         (lambda ws: ws.send_bytes(b"\xc1 no message"), "undecodable frame of 12 bytes"),
         (lambda ws: ws.send_str("text"), "text frame"),
-        (lambda ws: ws.send_bytes(msgspec.msgpack.encode(Heartbeat(phase_s=float("nan")))), "phase_s is nan"),
+        (lambda ws: ws.send_bytes(msgspec.msgpack.encode(Heartbeat(activity_s=float("nan")))), "activity_s is nan"),
         (lambda ws: ws.send_bytes(b"\0" * (codec.FRAME_BYTES_MAX + 1)), "4194305"),
     ],
 )

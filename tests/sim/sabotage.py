@@ -62,9 +62,9 @@ class TakesLateResults(Replica):
 class ChangesItsVote(Replica):
     """T3 without the promise."""
 
-    def cast_vote(self, is_ok: bool, now: float) -> VoteCast | None:
+    def cast_vote(self, is_ok: bool) -> VoteCast | None:
         self.vote = None
-        return super().cast_vote(is_ok, now)
+        return super().cast_vote(is_ok)
 
 
 class DoesNotFreeze(Replica):
@@ -94,10 +94,10 @@ class AdoptsInSilence(Replica):
 class ReducesByTheCommitQuorum(Replica):
     """The lineage entry names the quorum of the commit, not of the reduction."""
 
-    def _commit(self, now: float) -> None:
+    def _commit(self) -> None:
         if self.tag is not None and self.quorum is not None:
             self.tag = msgspec.structs.replace(self.tag, quorum_id=max(self.quorum.id, self.round_quorum))
-        super()._commit(now)
+        super()._commit()
 
     round_quorum = QuorumId(0, 0)
 

@@ -21,6 +21,7 @@ MAY_IMPORT: dict[str, frozenset[str] | None] = {
     "errors": frozenset({"core"}),
     "fork_guard": frozenset(),
     "config": frozenset({"core", "errors"}),
+    "subscribe": SHELLS_ALL | {"link", "core", "config"},
     "link": SHELLS_ALL | {"link", "core"},
     "lighthouse": SHELLS_ALL | {"lighthouse", "link", "core", "config"},
     "launcher": SHELLS_ALL | {"launcher", "lighthouse", "link", "core", "config"},

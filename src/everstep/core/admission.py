@@ -2,6 +2,7 @@
 
 import dataclasses
 
+from everstep.core.events import EventKind, of_member
 from everstep.core.failure_detector import FailureDetector
 from everstep.core.lighthouse_state import JobState
 from everstep.core.messages import Cause, Close, Effect, Hello, Log, Refused, Send, Switch, Waiting, Welcome, whole
@@ -143,8 +144,7 @@ class Admission:
         is_known = member in state.known_members
         if not is_known or (member in state.suspects and not (state.is_current(member) and state.round is not None)):
             return self._evict_on_hello(peer)
-        state.suspects.pop(member, None)
-        out: list[Effect] = []
+        out: list[Effect] = self._changes.clear(member, "it connected again")
         assert report.quorum_id is not None
         learned = self._changes.learn(report.quorum_id, out)
         assert state.current is not None
@@ -181,11 +181,10 @@ class Admission:
         self._waits_as[member.replica_id] = member
         self._joiners[member] = None
         fields: dict[str, object] = {"member": str(member), "address": peer.hello.store}
-        return [Log("member waits to join", fields)]
+        return [Log("member waits to join", fields), of_member(EventKind.MEMBER_WAITING, member)]
 
     def _evict_on_hello(self, peer: Peer) -> list[Effect]:
-        out: list[Effect] = []
-        self._state.evict(peer.member)
         detail = f"{peer.member} was left out of the quorum while it was away; it recovers and joins again"
-        refusal = Refused(RefusalCode.EVICTED, detail, peer.member, self._state.new_incarnation(out))
-        return [*out, *self._roster.send(refusal, [peer.member]), Log("evicted", {"member": str(peer.member)})]
+        out = self._changes.tell_evicted(peer.member, detail)
+        out.append(of_member(EventKind.MEMBER_EVICTED, peer.member, quorum=self._state.current, evidence=detail))
+        return [*out, Log("evicted", {"member": str(peer.member)})]

@@ -2,8 +2,9 @@
 
 from collections.abc import Sequence
 
+from everstep.core.events import EventKind, JobEvent, of_quorum
 from everstep.core.lighthouse_state import JobState
-from everstep.core.messages import Cause, Effect, Log, Send, Switch, Waiting
+from everstep.core.messages import Cause, Effect, Log, Publish, Send, Switch, Waiting
 from everstep.core.roster import Roster
 from everstep.core.types import MemberId, genesis
 
@@ -81,7 +82,9 @@ class FoundingDesk:
         for member in stateless:
             if self._roster.is_connected(member):
                 self._joiners[member] = None
-        return [Log("history lost", fields), *self.forget_history(keep=stateless)]
+        why = str(fields["why"])
+        lost = Publish(JobEvent(kind=EventKind.HISTORY_LOST, quorum_id=str(state.current.id), evidence=why))
+        return [Log("history lost", fields), lost, *self.forget_history(keep=stateless)]
 
     def forget_history(self, keep: Sequence[MemberId] = ()) -> list[Effect]:
         """Drop the current quorum, so that a new history can be founded. Also the operator's --new-history."""
@@ -114,7 +117,7 @@ class FoundingDesk:
         fields: dict[str, object] = {"history": state.history, "quorum": str(first.id), "members": len(peers)}
         fields["start_step"] = start_step
         fields["initial_state_from"] = str(founder) if init_sync else "each member"
-        return [*out, Log("founded", fields)]
+        return [*out, Log("founded", fields), of_quorum(EventKind.JOB_FOUNDED, first, None, step=start_step)]
 
     def _hello_step(self, member: MemberId) -> int:
         peer = self._roster.of(member)

@@ -8,6 +8,7 @@ that rest on it.
 import dataclasses
 
 from everstep.core.admission import Admission
+from everstep.core.events import EventKind, JobEvent, of_member
 from everstep.core.failure_detector import FailureDetector
 from everstep.core.founding import GONE_FOR_CERTAIN, FoundingDesk
 from everstep.core.lighthouse_state import JobConfig, JobState
@@ -23,15 +24,27 @@ from everstep.core.messages import (
     Hello,
     JournalRecord,
     Log,
+    Probe,
+    Publish,
     Ready,
     Refused,
     ToLighthouse,
 )
+from everstep.core.progress import ProgressJudge
 from everstep.core.reconfiguration import Reconfigurer
 from everstep.core.roster import Peer, Roster
 from everstep.core.types import MemberId, Phase, QuorumId, RefusalCode
 
-__all__ = ["Event", "JobConfig", "LighthouseMachine", "LinkClosed", "LinkMessage", "LinkOpened", "StartNewHistory"]
+__all__ = [
+    "DrainGroup",
+    "Event",
+    "JobConfig",
+    "LighthouseMachine",
+    "LinkClosed",
+    "LinkMessage",
+    "LinkOpened",
+    "StartNewHistory",
+]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,7 +71,14 @@ class StartNewHistory:
     """The operator gives up the state that the job has in memory."""
 
 
-Event = LinkOpened | LinkClosed | LinkMessage | StartNewHistory
+@dataclasses.dataclass(frozen=True)
+class DrainGroup:
+    """The operator wants this group to leave at a step boundary; one that is not in the quorum is left alone."""
+
+    replica_id: str
+
+
+Event = LinkOpened | LinkClosed | LinkMessage | StartNewHistory | DrainGroup
 
 
 class LighthouseMachine:
@@ -71,6 +91,7 @@ class LighthouseMachine:
         self._joiners: dict[MemberId, None] = {}
         self._detector = FailureDetector(config.detector_policy)
         self._changes = Reconfigurer(self._state, self._roster, self._joiners)
+        self._progress = ProgressJudge(config.stuck_policy)
         self._founding = FoundingDesk(self._state, self._roster, self._joiners)
         self._witnessed: dict[MemberId, None] = {}  # named by a failed collective since the last quorum
         self._admission = Admission(self._state, self._roster, self._joiners, self._detector, self._changes)
@@ -82,7 +103,8 @@ class LighthouseMachine:
         for member in self._state.known_members:
             self._detector.watch(member, now + self._config.return_timeout_s - self._config.heartbeat_timeout_s)
         fields: dict[str, object] = {"epoch": self._state.epoch, "history": self._state.history or "none"}
-        return [self._state.persist(), Log("lighthouse started", fields)]
+        started = JobEvent(kind=EventKind.LIGHTHOUSE_STARTED, evidence=f"epoch {self._state.epoch}")
+        return [self._state.persist(), Log("lighthouse started", fields), Publish(started)]
 
     def receive(self, event: Event, now: float) -> list[Effect]:
         out: list[Effect] = []
@@ -93,6 +115,10 @@ class LighthouseMachine:
                 out += self._link_closed(link, detail, now)
             case StartNewHistory():
                 out += [Log("new history", {"given_up": self._state.history}), *self._founding.forget_history()]
+            case DrainGroup(replica_id):
+                for member in self._state.current.member_ids if self._state.current is not None else ():
+                    if member.replica_id == replica_id:
+                        out += self._drain(member)
             case LinkOpened():
                 pass
         return out + self.tick(now)
@@ -108,12 +134,17 @@ class LighthouseMachine:
         out += self._end_if_all_left()
         out += self._founding.abandon_lost_history()
         out += self._founding.try_found(now)
+        if self._state.round is None:
+            self._progress.keep_only(self._state.current)
+            out += self._roster.send(Probe(), self._progress.ask(now))
         return out
 
     def next_deadline(self) -> float | None:
         deadlines = [self._detector.next_deadline(), self._founding.next_deadline()]
         if self._state.round is not None:
             deadlines.append(self._state.round.deadline)
+        else:
+            deadlines.append(self._progress.next_deadline())
         return min((d for d in deadlines if d is not None), default=None)
 
     # ---- messages
@@ -133,6 +164,7 @@ class LighthouseMachine:
         match message:
             case Heartbeat():
                 peer.heartbeat = message
+                out += self._judge_progress(peer, message, now)
             case Ready():
                 if self._state.round is not None and message.round == self._state.round.id:
                     if message.report.member != peer.member:
@@ -143,10 +175,22 @@ class LighthouseMachine:
             case Failed():
                 out += self._failed(peer, message, now)
             case Drain():
-                out += self._drain(peer)
+                out += self._drain(peer.member)
             case Goodbye():
                 out += self._goodbye(peer, message, now)
         return out
+
+    def _judge_progress(self, peer: Peer, beat: Heartbeat, now: float) -> list[Effect]:
+        state, member = self._state, peer.member
+        if not state.is_current(member) or member in state.suspects:
+            self._progress.forget(member)
+            return []
+        self._progress.beat(member, beat, now)
+        stuck = self._progress.verdict(member) if state.round is None else None
+        if stuck is None:
+            return []
+        state.condemn(member)
+        return self._changes.suspect(member, Cause.STUCK, stuck.detail, now)
 
     def _adopted(self, quorum_id: QuorumId, now: float) -> list[Effect]:
         state = self._state
@@ -174,18 +218,23 @@ class LighthouseMachine:
         detail = f"{peer.member}: {message.detail}{named}"
         return self._changes.open_round((), Cause.COLLECTIVE_FAILED, detail, now)
 
-    def _drain(self, peer: Peer) -> list[Effect]:
-        if not self._state.is_current(peer.member):
+    def _drain(self, member: MemberId) -> list[Effect]:
+        state = self._state
+        if not state.is_current(member) or member in state.leaving:
             return []  # a joiner leaves by itself; one that is being switched in asks again
-        self._state.leaving[peer.member] = None
-        return [Log("drain asked", {"member": str(peer.member)}), *self._changes.propose()]
+        state.leaving[member] = None
+        asked = of_member(EventKind.DRAIN_ASKED, member, quorum=state.current)
+        return [Log("drain asked", {"member": str(member)}), asked, *self._changes.propose()]
 
     def _goodbye(self, peer: Peer, message: Goodbye, now: float) -> list[Effect]:
         state = self._state
         peer.leaving = True
-        self._joiners.pop(peer.member, None)
+        was_joiner = self._joiners.pop(peer.member, 0) is None
         self._detector.forget(peer.member)
         out: list[Effect] = [Log("member left", {"member": str(peer.member), "reason": message.reason})]
+        if peer.member in state.known_members or was_joiner:  # else its leaving was told when it was adopted
+            left = of_member(EventKind.MEMBER_LEFT, peer.member, quorum=state.current, evidence=message.reason)
+            out.append(left)
         if peer.member not in state.known_members:
             return out + self._admission.admit_contenders_of(peer.member.replica_id, now)
         state.departed[peer.member] = message.had_state
@@ -216,7 +265,8 @@ class LighthouseMachine:
         ended = state.history
         out += self._founding.forget_history()
         state.history, state.ended = ended, True
-        return [*out, state.persist(), Log("job ended", {"history": ended})]
+        over = Publish(JobEvent(kind=EventKind.JOB_ENDED, evidence="every member left"))
+        return [*out, state.persist(), Log("job ended", {"history": ended}), over]
 
     # ---- links
 
@@ -241,6 +291,11 @@ class LighthouseMachine:
 
     # ---- for people
 
+    def members(self) -> list[str]:
+        """Names of the groups in the quorum, in rank order."""
+        current = self._state.current
+        return [member.replica_id for member in current.member_ids] if current is not None else []
+
     def status(self, now: float) -> dict[str, object]:
         """Plain JSON values: the quorum, the round, and a row a peer."""
         state = self._state
@@ -256,6 +311,9 @@ class LighthouseMachine:
                     "heard_s_ago": round(max(0.0, now - peer.heard_at), 3),
                     "step": beat.step,
                     "phase": Phase(beat.phase).name.lower(),
+                    "activity": beat.activity.name.lower(),
+                    "activity_s": round(beat.activity_s, 3),
+                    "section": beat.section,
                 }
             )
         return {

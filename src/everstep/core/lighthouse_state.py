@@ -4,8 +4,10 @@ import dataclasses
 
 from everstep.core.failure_detector import DetectorPolicy
 from everstep.core.messages import Cause, Effect, JournalRecord, Persist
+from everstep.core.progress import StuckPolicy
 from everstep.core.types import FailureRound, Member, MemberId, Quorum, QuorumId, Report, in_rank_order
 
+STUCK_KEPT_MAX = 1000
 INCARNATIONS_RESERVED = 1000  # reserved in the journal at a time, so that a start costs no write of its own
 
 
@@ -22,11 +24,18 @@ class JobConfig:
     heartbeat_timeout_s: float = 2.0
     link_grace_s: float = 0.02
     leave_grace_s: float = 0.2
+    stuck_timeout_s: float | None = None  # None: learned from the job's steps
+    stuck_floor_s: float = 10.0
+    stuck_initial_s: float = 300.0
     return_timeout_s: float = 10.0  # after a restart of the lighthouse: members have this long to connect again
 
     @property
     def detector_policy(self) -> DetectorPolicy:
         return DetectorPolicy(heartbeat_timeout_s=self.heartbeat_timeout_s, link_grace_s=self.link_grace_s)
+
+    @property
+    def stuck_policy(self) -> StuckPolicy:
+        return StuckPolicy(timeout_s=self.stuck_timeout_s, floor_s=self.stuck_floor_s, initial_s=self.stuck_initial_s)
 
 
 @dataclasses.dataclass
@@ -64,6 +73,7 @@ class JobState:
         self.round: OpenRound | None = None
         self.suspects: dict[MemberId, Cause] = {}
         self.evicted: dict[str, int] = {}  # highest evicted incarnation of each replica_id
+        self.stuck: dict[MemberId, None] = {}  # evicted so, and perhaps not told yet; the newest STUCK_KEPT_MAX
         self.leaving: dict[MemberId, None] = {}
         self.departed: dict[MemberId, bool] = {}  # who of known_members said Goodbye, and whether it held the state
         self.failures = 0
@@ -134,6 +144,11 @@ class JobState:
 
     def evict(self, member: MemberId) -> None:
         self.evicted[member.replica_id] = max(member.incarnation, self.evicted.get(member.replica_id, 0))
+
+    def condemn(self, member: MemberId) -> None:
+        self.stuck[member] = None
+        if len(self.stuck) > STUCK_KEPT_MAX:
+            del self.stuck[next(iter(self.stuck))]
 
     def is_evicted(self, member: MemberId) -> bool:
         return member.incarnation <= self.evicted.get(member.replica_id, 0)

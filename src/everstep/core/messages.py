@@ -4,7 +4,9 @@ Messages are tagged MessagePack maps: a receiver ignores keys that it does not k
 default. That is the version-skew rule within one PROTOCOL_VERSION; a member of another version is refused.
 """
 
+import dataclasses
 import enum
+from typing import TYPE_CHECKING
 
 import msgspec
 
@@ -21,7 +23,10 @@ from everstep.core.types import (
     in_rank_order,
 )
 
-PROTOCOL_VERSION = 1
+if TYPE_CHECKING:
+    from everstep.core.events import JobEvent
+
+PROTOCOL_VERSION = 2
 
 
 class Cause(str, enum.Enum):
@@ -34,7 +39,17 @@ class Cause(str, enum.Enum):
     COLLECTIVE_FAILED = "collective-failed"  # a member said Failed; nobody need have died
     NO_READY = "no-ready"  # it did not answer a round within the heartbeat timeout
     BROKEN_PATH = "broken-path"  # two members cannot reach each other (reserved; not raised yet)
+    STUCK = "stuck"  # its training thread stands still while the others wait for it
     OUT_OF_STEP = "out-of-step"  # it (re)connected in a state that only a round can mend
+
+
+class Activity(enum.IntEnum):
+    """What a member's training thread is doing."""
+
+    STARTING = 0  # not a member yet
+    COMPUTING = 1  # the script runs: forward, backward, optimizer, data
+    WAITING = 2  # for a collective, or for a decision: for somebody else
+    RECOVERING = 3  # fetching live state
 
 
 class MembersChange(msgspec.Struct, frozen=True, array_like=True):
@@ -65,6 +80,7 @@ class Hello(msgspec.Struct, frozen=True, tag="hello"):
     init_sync: bool = True
     start_step: int = 0  # the step a fresh process starts from (a checkpoint on disk)
     round: FailureRound = FailureRound(0, 0)
+    freezes_on_notice: bool = True  # False: it answers a round only when its own collective has failed
 
 
 class Ready(msgspec.Struct, frozen=True, tag="ready"):
@@ -89,12 +105,15 @@ class Failed(msgspec.Struct, frozen=True, tag="failed"):
 
 
 class Heartbeat(msgspec.Struct, frozen=True, tag="heartbeat"):
-    """Alive; with how far it is."""
+    """Alive; with how far it is, and what its training thread is doing."""
 
     step: int = 0
     phase: int = 0
-    phase_s: float = 0.0  # time in this phase
-    waiting: bool = False  # in a collective, or for a grant: somebody else is being waited for
+    activity: Activity = Activity.STARTING
+    activity_s: float = 0.0  # since the training thread last moved on
+    section: str = ""  # the innermost that the script has open
+    steps: int = 0  # committed in this process
+    longest_s: float = 0.0  # that it computed between two collectives lately
 
 
 class Drain(msgspec.Struct, frozen=True, tag="drain"):
@@ -163,6 +182,10 @@ class Grant(msgspec.Struct, frozen=True, tag="grant"):
     action: Action
 
 
+class Probe(msgspec.Struct, frozen=True, tag="probe"):
+    """Asks for a Heartbeat at once."""
+
+
 class Refused(msgspec.Struct, frozen=True, tag="refused"):
     """Turned away. With EVICTED the process goes on as `incarnation`, without state; else it ends."""
 
@@ -173,7 +196,7 @@ class Refused(msgspec.Struct, frozen=True, tag="refused"):
 
 
 ToLighthouse = Hello | Ready | Adopted | Failed | Heartbeat | Drain | Goodbye
-ToMember = Welcome | Waiting | Proposal | Switch | Notice | Grant | Refused
+ToMember = Welcome | Waiting | Proposal | Switch | Notice | Grant | Probe | Refused
 
 
 # ---- what machines return to their shells
@@ -190,6 +213,12 @@ class Sever(msgspec.Struct, frozen=True):
     """A member's shell: end every collective of the quorums up to this one, from whatever thread, at once."""
 
     up_to: QuorumId
+
+
+class Exit(msgspec.Struct, frozen=True):
+    """A member's shell: show what every thread is doing, and end the process; its training thread cannot."""
+
+    reason: str
 
 
 class Close(msgspec.Struct, frozen=True):
@@ -212,6 +241,13 @@ class Log(msgspec.Struct, frozen=True):
     fields: dict[str, object]
 
 
+@dataclasses.dataclass(frozen=True)
+class Publish:
+    """Append this to the job's event log."""
+
+    event: "JobEvent"
+
+
 class JournalRecord(msgspec.Struct, frozen=True):
     """All that the lighthouse must remember of a job; each record replaces the one before."""
 
@@ -226,7 +262,7 @@ class JournalRecord(msgspec.Struct, frozen=True):
     ended: bool = False  # every member left on purpose
 
 
-Effect = Send | Sever | Close | Persist | Log
+Effect = Send | Sever | Exit | Close | Persist | Log | Publish
 
 
 def changed(new: Quorum, base: Quorum) -> MembersChange:

@@ -19,6 +19,8 @@ class ReplicaConfig:
     init_sync: bool = True
     start_step: int = 0
     keeps_gradients: bool = True
+    freezes_on_notice: bool = True  # EVERSTEP_PROACTIVE_RECOVERY
+    collective_timeout_s: float = 300.0  # a collective that takes longer has failed, though nobody said so
 
 
 # ---- moves: what the training thread does next
@@ -144,7 +146,9 @@ class CollectiveFailed:
 
 @dataclasses.dataclass(frozen=True)
 class AskToLeave:
-    """Leave at a step boundary (drain)."""
+    """Leave at a step boundary (drain). After `grace_s` (0: never) without one it leaves as it is."""
+
+    grace_s: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 
+from everstep.core.events import NAMES_MAX, EventKind, JobEvent, of_member, of_quorum
 from everstep.core.lighthouse_state import JobState, OpenRound
 from everstep.core.messages import (
     Cause,
@@ -10,6 +11,7 @@ from everstep.core.messages import (
     Log,
     Notice,
     Proposal,
+    Publish,
     Refused,
     Send,
     Switch,
@@ -44,6 +46,7 @@ class Reconfigurer:
             return self._refuse([member], "not heard of while it waited to join: " + detail)
         state.suspects[member] = cause
         out.append(Log("member suspected", {"member": str(member), "cause": cause.value, "detail": detail}))
+        out.append(of_member(EventKind.MEMBER_FAILED, member, quorum=state.current, cause=cause, evidence=detail))
         if not state.is_current(member):
             out += self._refuse([member], "suspected while joining: " + detail)
         if state.round is not None:
@@ -57,6 +60,12 @@ class Reconfigurer:
         else:
             out += self.propose()
         return out
+
+    def clear(self, member: MemberId, why: str) -> list[Effect]:
+        """It was suspect, and has shown that it can answer."""
+        if self._state.suspects.pop(member, None) is None:
+            return []
+        return [of_member(EventKind.MEMBER_CLEARED, member, quorum=self._state.current, evidence=why)]
 
     def open_round(self, victims: tuple[MemberId, ...], cause: Cause, detail: str, now: float) -> list[Effect]:
         state = self._state
@@ -72,6 +81,15 @@ class Reconfigurer:
         fields: dict[str, object] = {"round": str(state.round.id), "cause": cause.value, "detail": detail}
         fields["victims"] = ",".join(map(str, victims)) or "none"
         out: list[Effect] = [*self._notice(state.known_members, cause, detail, victims), Log("round opened", fields)]
+        opened = JobEvent(
+            kind=EventKind.ROUND_OPENED,
+            quorum_id=str(state.current.id),
+            round=str(state.round.id),
+            cause=cause,
+            evidence=detail,
+            left=tuple(map(str, victims[:NAMES_MAX])),
+        )
+        out.append(Publish(opened))
         return out + self.try_grant(now)
 
     def _notice(
@@ -93,8 +111,10 @@ class Reconfigurer:
         assert state.round is not None
         out: list[Effect] = []
         member = report.member
+        if member in state.stuck:
+            return []  # its link answers; its training thread would not
         if member in state.known_members:
-            state.suspects.pop(member, None)
+            out += self.clear(member, "it answered the round")
         state.round.reports[member] = report
         if report.has_state and report.quorum_id is not None and self.learn(report.quorum_id, out):
             assert state.current is not None
@@ -111,12 +131,21 @@ class Reconfigurer:
         assert state.round is not None
         state.round.deadline = now + state.config.heartbeat_timeout_s
         out: list[Effect] = []
-        for member in list(state.round.missing):
+        waiting_on = {m: None for m in state.round.missing if self._takes_its_time(m)}
+        for member in [m for m in state.round.missing if m not in waiting_on]:
             state.suspects[member] = Cause.NO_READY
             fields: dict[str, object] = {"member": str(member), "cause": Cause.NO_READY.value}
             out.append(Log("member suspected", fields))
-        state.round.missing.clear()
+            why = f"no answer to round {state.round.id} within {state.config.heartbeat_timeout_s:g} s"
+            failed = EventKind.MEMBER_FAILED
+            out.append(of_member(failed, member, quorum=state.current, cause=Cause.NO_READY, evidence=why))
+        state.round.missing = waiting_on
         return out + self.try_grant(now)
+
+    def _takes_its_time(self, member: MemberId) -> bool:
+        """It answers when its own collective fails; its heartbeats say that it lives."""
+        peer = self._roster.of(member)
+        return peer is not None and peer.link is not None and not peer.hello.freezes_on_notice
 
     def restate_round(self, now: float) -> list[Effect]:
         """The quorum under an open round turned out to be a newer one: its members must be frozen as well."""
@@ -213,6 +242,9 @@ class Reconfigurer:
             "took_ms": round((now - round_.opened_at) * 1000, 1),
         }
         out.append(Log("granted", fields))
+        how = resolution.action.name.lower()
+        changed = EventKind.QUORUM_CHANGED
+        out.append(of_quorum(changed, new, old, round_id=round_.id, step=resolution.step, action=how))
         return out + self.propose()
 
     def _leave_out(
@@ -232,14 +264,25 @@ class Reconfigurer:
                 evicted.append(member)
         return self._refuse(evicted, "left out of the quorum that survived a failure")
 
-    def _refuse(self, members: list[MemberId], detail: str) -> list[Effect]:
+    def _refuse(self, members: list[MemberId], detail: str, *, is_leaver: bool = False) -> list[Effect]:
         out: list[Effect] = []
         for member in members:
-            self._state.evict(member)
-            if self._roster.is_connected(member):
-                refusal = Refused(RefusalCode.EVICTED, detail, member, self._state.new_incarnation(out))
-                out += self._roster.send(refusal, [member])
+            if not is_leaver:
+                out.append(of_member(EventKind.MEMBER_EVICTED, member, evidence=detail))
+            out += self.tell_evicted(member, detail)
         return out
+
+    def tell_evicted(self, member: MemberId, detail: str) -> list[Effect]:
+        """It is out for ever (G7). One that is stuck ends; any other goes on under a new incarnation."""
+        self._state.evict(member)
+        if not self._roster.is_connected(member):
+            return []
+        out: list[Effect] = []
+        if member in self._state.stuck:
+            refusal = Refused(RefusalCode.STUCK, "it stood still while the others waited: " + detail, member)
+        else:
+            refusal = Refused(RefusalCode.EVICTED, detail, member, self._state.new_incarnation(out))
+        return [*out, *self._roster.send(refusal, [member])]
 
     # ---- growing and leaving (G4, G5)
 
@@ -256,11 +299,15 @@ class Reconfigurer:
         left = [m for m in old.member_ids if not state.current.is_member(m)]
         for member in state.current.member_ids:
             self._joiners.pop(member, None)
+        out.append(of_quorum(EventKind.QUORUM_CHANGED, state.current, old))
         for member in left:
+            if member not in state.departed:
+                why = "at a step boundary, as asked"
+                out.append(of_member(EventKind.MEMBER_LEFT, member, quorum=old, evidence=why))
             state.leaving.pop(member, None)
             state.suspects.pop(member, None)
             state.departed.pop(member, None)
-        out += self._refuse(left, "it left: the others went on without it as proposed")
+        out += self._refuse(left, "it left: the others went on without it as proposed", is_leaver=True)
         fields: dict[str, object] = {"quorum": str(quorum_id), "members": len(state.current.members)}
         fields["joined"] = ",".join(str(m) for m in state.current.member_ids if not old.is_member(m)) or "none"
         fields["left"] = ",".join(map(str, left)) or "none"
@@ -298,7 +345,7 @@ class Reconfigurer:
         fields: dict[str, object] = {"quorum": str(new.id), "members": len(members)}
         fields["joining"] = ",".join(map(str, joiners)) or "none"
         fields["leaving"] = ",".join(str(m) for m in current.member_ids if m not in members) or "none"
-        out.append(Log("proposed", fields))
+        out += [Log("proposed", fields), of_quorum(EventKind.QUORUM_PROPOSED, new, current)]
         return out
 
     def resend_proposal(self, member: MemberId) -> list[Effect]:

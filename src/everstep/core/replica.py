@@ -16,6 +16,7 @@ from everstep.core.messages import (
     Adopted,
     Drain,
     Effect,
+    Exit,
     Failed,
     Goodbye,
     Grant,
@@ -23,6 +24,7 @@ from everstep.core.messages import (
     Hello,
     Log,
     Notice,
+    Probe,
     Proposal,
     Ready,
     Refused,
@@ -88,18 +90,17 @@ class Replica(ReplicaState):
             case BarrierEnded():
                 return self._barrier_ended(event)
             case StateRecovered(quorum_id):
-                return self._state_recovered(quorum_id, now)
+                return self._state_recovered(quorum_id)
             case GradientsReduced():
-                return self._gradients_reduced(event, now)
+                return self._gradients_reduced(event)
             case MoreReductions():
-                return self._more_reductions(now)
+                return self._more_reductions()
             case VoteEnded():
-                return self._vote_ended(event, now)
+                return self._vote_ended(event)
             case CollectiveFailed():
                 return self._collective_failed(event, now)
-            case AskToLeave():
-                self.wants_to_leave = True
-                return self._leave("drained before it had joined") if self.quorum is None else self._send(Drain())
+            case AskToLeave(grace_s):
+                return self._ask_to_leave(now + grace_s if grace_s > 0 else None)
             case Leave(reason):
                 return self._leave(reason)
             case TrainAlone(history):
@@ -110,16 +111,22 @@ class Replica(ReplicaState):
         out: list[Effect] = []
         if self._beat_at is not None and now >= self._beat_at:
             self._beat_at = now + self._beat_interval_s
-            waits = self.is_frozen or self.phase is Phase.VOTING or self._doubt_at is not None
-            out += self._send(Heartbeat(max(0, self.step), int(self.phase), max(0.0, now - self._phase_since), waits))
+            out += self._send(self.heartbeat(now))
         if self._doubt_at is not None and now >= self._doubt_at:
             self._doubt_at = now + FAILED_AGAIN_S
             if self.quorum is not None:
                 out += self._send(Failed(self.quorum.id, None, "still waiting for a decision"))
+        if self._leave_at is not None and now >= self._leave_at and not self.has_left:
+            out += self._leave("drained: nobody took its place in time")
         return out
 
     def next_deadline(self) -> float | None:
-        return min((d for d in (self._beat_at, self._doubt_at) if d is not None), default=None)
+        leave_at = None if self.has_left else self._leave_at
+        return min((d for d in (self._beat_at, self._doubt_at, leave_at) if d is not None), default=None)
+
+    def _ask_to_leave(self, leave_at: float | None) -> list[Effect]:
+        self.wants_to_leave, self._leave_at = True, leave_at
+        return self._leave("drained before it had joined") if self.quorum is None else self._send(Drain())
 
     # ---- the link (L1 to L6)
 
@@ -150,6 +157,7 @@ class Replica(ReplicaState):
             init_sync=config.init_sync,
             start_step=config.start_step,
             round=self.round,
+            freezes_on_notice=config.freezes_on_notice,
         )
 
     def _from_lighthouse(self, message: ToMember, now: float) -> list[Effect]:
@@ -162,16 +170,18 @@ class Replica(ReplicaState):
             case Notice():
                 return self._notice(message)
             case Grant():
-                return self._grant(message, now)
+                return self._grant(message)
             case Proposal(quorum_id, members):
                 proposal = self._resolve(quorum_id, members)
                 if proposal is not None and self.quorum is not None and quorum_id > self.quorum.id:
                     self._proposals[quorum_id] = proposal
                 return []
             case Switch():
-                return self._switch(message, now)
+                return self._switch(message)
+            case Probe():
+                return self._send(self.heartbeat(now))
             case Refused():
-                return self._refused(message, now)
+                return self._refused(message)
         raise LocalProtocolError(f"unknown message {message!r}")
 
     def _welcome(self, message: Welcome, now: float) -> list[Effect]:
@@ -189,6 +199,10 @@ class Replica(ReplicaState):
     def _notice(self, message: Notice) -> list[Effect]:
         if message.round < self.round:
             return []
+        if not self.config.freezes_on_notice and self._is_in_a_collective():
+            self._put_off = message
+            return [Log("notice put off", {"round": str(message.round), "cause": message.cause.value})]
+        self._put_off = None
         out: list[Effect] = []
         if message.round > self.round:
             fields: dict[str, object] = {"round": str(message.round), "cause": message.cause.value}
@@ -201,14 +215,14 @@ class Replica(ReplicaState):
             self.is_frozen = True
             if self.phase is Phase.RUNNING:
                 self.tag = None
-            if self.quorum is not None:
+            if self.quorum is not None and self.config.freezes_on_notice:
                 out.append(Sever(self.quorum.id))
         out += self._send(Ready(message.round, self.report()))
         if self.wants_to_leave and self.lineage is None:
             out += self._leave("drained before it had joined")
         return out
 
-    def _grant(self, grant: Grant, now: float) -> list[Effect]:
+    def _grant(self, grant: Grant) -> list[Effect]:
         if not self.is_frozen or grant.round != self.round or self.quorum is None or grant.quorum_id <= self.quorum.id:
             return []
         new = self._resolve(grant.quorum_id, grant.members)
@@ -216,36 +230,36 @@ class Replica(ReplicaState):
             return self._send(self._hello())
         if not new.is_member(self.member):
             raise LocalProtocolError(f"grant {grant.quorum_id} without its receiver {self.member}")
-        how = self._apply_action(grant, now)
+        how = self._apply_action(grant)
         self._proposals.clear()
         self.is_frozen = False
         self._enter(new)
         fields: dict[str, object] = {"round": str(grant.round), "quorum": str(new.id), "members": len(new.members)}
         return [Log("granted", fields | {"step": self.step, "attempt": self.attempt, "action": how})]
 
-    def _apply_action(self, grant: Grant, now: float) -> str:
+    def _apply_action(self, grant: Grant) -> str:
         """Rule L2. Returns what it came to, for the log."""
         how = grant.action.name.lower()
         if self.step < grant.step:
             if self.step != grant.step - 1 or self.phase is not Phase.VOTING or self.vote is not True:
                 raise LocalProtocolError(f"cannot commit late from {self.report()} to step {grant.step}")
-            self._commit(now)
+            self._commit()
             how = "late commit"
         elif self.attempt < grant.attempt:
-            self._abort(grant.attempt, now)
+            self._abort(grant.attempt)
             how = "late abort"
         elif grant.action is Action.COMMIT:
-            self._commit(now)
+            self._commit()
         elif grant.action is Action.VOTE:
-            self._turn(Turn.GRANTED_VOTE, now)
+            self._turn(Turn.GRANTED_VOTE)
         elif grant.action is Action.REDUCE:
-            self._turn(Turn.GRANTED_REDUCE, now)
+            self._turn(Turn.GRANTED_REDUCE)
             self.tag, self.vote = None, None
         if grant.action is Action.ABORT:
-            self._abort(grant.attempt + 1, now)
+            self._abort(grant.attempt + 1)
         return how
 
-    def _switch(self, switch: Switch, now: float) -> list[Effect]:
+    def _switch(self, switch: Switch) -> list[Effect]:
         new = self._resolve(switch.quorum_id, switch.members)
         if new is None or self.lineage is not None or not new.is_member(self.member):
             return []
@@ -257,11 +271,14 @@ class Replica(ReplicaState):
         out: list[Effect] = self._leave_group()
         if switch.founding is not None and switch.founder in (None, self.member):
             self.lineage, self.attempt = switch.founding, 0
-        self._turn(Turn.STATE_TAKEN, now)
+        self._turn(Turn.STATE_TAKEN)
         self._enter(new)
         return [*out, Log("switched in", {"quorum": str(new.id), "members": len(new.members)})]
 
-    def _refused(self, message: Refused, now: float) -> list[Effect]:
+    def _refused(self, message: Refused) -> list[Effect]:
+        if message.code is RefusalCode.STUCK and message.member == self.member:
+            self.refusal = message
+            return [Log("refused", {"code": message.code.value, "detail": message.detail}), Exit(message.detail)]
         if message.code is not RefusalCode.EVICTED:
             if message.code is not RefusalCode.STRANGER or self.lineage is None:
                 self.refusal = message
@@ -276,7 +293,7 @@ class Replica(ReplicaState):
         self.member = MemberId(self.config.replica_id, message.incarnation)
         self.lineage, self.attempt = None, 0
         self.tag, self.vote = None, None
-        self._turn(Turn.EVICTED, now)
+        self._turn(Turn.EVICTED)
         self.is_frozen = False
         self.evictions += 1
         self.waiting_for = "an invitation to rejoin after " + message.detail
@@ -291,30 +308,30 @@ class Replica(ReplicaState):
         self.is_settled = self.lineage is not None
         return [Log("settled", {"quorum": str(self.quorum.id), "rank": self.rank, "step": self.plan.lineage.step})]
 
-    def _state_recovered(self, quorum_id: QuorumId, now: float) -> list[Effect]:
+    def _state_recovered(self, quorum_id: QuorumId) -> list[Effect]:
         if self.quorum is None or quorum_id != self.quorum.id or self.lineage is not None or self.plan is None:
             return []
         self.lineage, self.attempt = self.plan.lineage, self.plan.attempt
         self.is_settled = True
-        self._turn(Turn.STATE_TAKEN, now)
+        self._turn(Turn.STATE_TAKEN)
         return [Log("recovered", {"quorum": str(quorum_id), "step": self.step})]
 
-    def _gradients_reduced(self, event: GradientsReduced, now: float) -> list[Effect]:
+    def _gradients_reduced(self, event: GradientsReduced) -> list[Effect]:
         if not self._is_live(event.quorum_id) or self.phase is not Phase.RUNNING:
             return []
         self.tag = LineageEntry(self.step + 1, self.attempt, event.quorum_id, event.contributors, event.samples)
         self.vote = None
-        self._turn(Turn.GRADIENTS_REDUCED, now)
+        self._turn(Turn.GRADIENTS_REDUCED)
         return []
 
-    def _more_reductions(self, now: float) -> list[Effect]:
+    def _more_reductions(self) -> list[Effect]:
         """Back to RUNNING before the vote. The tag's digest counts reductions, so G3 never takes one for the other."""
         if self.phase is Phase.REDUCED and not self.is_frozen:
             self.tag = None
-            self._turn(Turn.MORE_REDUCTIONS, now)
+            self._turn(Turn.MORE_REDUCTIONS)
         return []
 
-    def cast_vote(self, is_ok: bool, now: float) -> VoteCast | None:
+    def cast_vote(self, is_ok: bool) -> VoteCast | None:
         """Make the promise (T3). None when a freeze came first: ask `next_move` again.
 
         Returning and handing the vote to the collective must be one critical section for the freeze (H16): the shell
@@ -325,17 +342,17 @@ class Replica(ReplicaState):
         assert self.quorum is not None
         self.vote = self.vote if self.vote is not None else is_ok
         self.voted_for = max((q for q in self._proposals if q > self.quorum.id), default=self.quorum.id)
-        self._turn(Turn.VOTE_CAST, now)
+        self._turn(Turn.VOTE_CAST)
         return VoteCast(self.quorum.id, self.vote, self.voted_for)
 
-    def _vote_ended(self, event: VoteEnded, now: float) -> list[Effect]:
+    def _vote_ended(self, event: VoteEnded) -> list[Effect]:
         if not self._is_live(event.quorum_id) or self.phase is not Phase.VOTING:
             return []
         assert self.quorum is not None
         if event.is_ok:
-            self._commit(now)
+            self._commit()
         else:
-            self._abort(self.attempt + 1, now)
+            self._abort(self.attempt + 1)
         if event.lowest != event.highest or event.lowest <= self.quorum.id:
             return []
         proposal = self._proposals.get(event.lowest)
@@ -356,7 +373,8 @@ class Replica(ReplicaState):
         if event.peer is not None and 0 <= event.peer < len(self.quorum.members):
             peer = self.quorum.members[event.peer].id
         fields: dict[str, object] = {"quorum": str(event.quorum_id), "peer": str(peer), "detail": event.detail}
-        return [Log("collective failed", fields), *self._send(Failed(event.quorum_id, peer, event.detail))]
+        out = [Log("collective failed", fields), *self._send(Failed(event.quorum_id, peer, event.detail))]
+        return out + (self._notice(self._put_off) if self._put_off is not None else [])
 
     def _train_alone(self, history: str) -> list[Effect]:
         self.member = MemberId(self.config.replica_id, 1)

@@ -1,6 +1,6 @@
 """The state of a member's machine, and the questions it answers. `replica.py` holds what changes it."""
 
-from everstep.core.messages import Effect, MembersChange, Refused, Sever, applied
+from everstep.core.messages import Activity, Effect, Heartbeat, MembersChange, Notice, Refused, Sever, applied
 from everstep.core.moves import Build, Move, Recover, Reduce, ReplicaConfig, Vote, Wait
 from everstep.core.recovery_plan import Claim, RecoveryPlan, plan_recovery
 from everstep.core.transitions import Turn, after
@@ -17,6 +17,9 @@ from everstep.core.types import (
     Report,
 )
 
+STEPS_WARM_UP = 3  # of a process: they compile, allocate and fill caches, and say nothing of those that follow
+LONGEST_DECAY = 0.99  # a step: one slow step is forgotten after some hundred
+SECTION_CHARS_MAX = 64
 LISTS_KEPT_MAX = 16  # member lists kept so that the lighthouse may send differences
 
 
@@ -49,10 +52,50 @@ class ReplicaState:
         self._is_up = False
         self._is_ready = False  # to join: no Hello before
         self.wants_to_leave = False
+        self._leave_at: float | None = None
+        self._put_off: Notice | None = None  # not reacted to yet: freezes_on_notice is off
         self._doubt_at: float | None = None  # a collective failed; when to report it again
         self._beat_at: float | None = None
         self._beat_interval_s = 0.0
-        self._phase_since = 0.0
+        self._doing = (Activity.STARTING, 0.0)
+        self._sections: tuple[str, ...] = ()
+        self._had_section = False  # since it began to compute
+        self._steps = 0  # committed in this process
+        self._longest_s = 0.0
+
+    # ---- what the training thread is doing: its own, and without the lock (each is one store)
+
+    def mark(self, activity: Activity, now: float) -> None:
+        """The training thread moves on. Cheap enough for every collective."""
+        before, since = self._doing
+        self._doing = (activity, now)
+        if before is not Activity.COMPUTING:
+            return
+        if self._steps > STEPS_WARM_UP and not self._had_section:
+            self._longest_s = max(now - since, self._longest_s * LONGEST_DECAY)
+        self._had_section = bool(self._sections)
+
+    def open_section(self, name: str) -> None:
+        """Until it is closed nobody counts this member's time."""
+        self._had_section = True
+        self._sections = (*self._sections, name)
+
+    def close_section(self, now: float) -> None:
+        self._sections = self._sections[:-1]
+        if self._doing[0] is Activity.COMPUTING:
+            self._doing = (Activity.COMPUTING, now)
+
+    def heartbeat(self, now: float) -> Heartbeat:
+        activity, since = self._doing
+        return Heartbeat(
+            step=max(0, self.step),
+            phase=int(self.phase),
+            activity=activity,
+            activity_s=max(0.0, now - since),
+            section=self._sections[-1][:SECTION_CHARS_MAX] if self._sections else "",
+            steps=self._steps,
+            longest_s=self._longest_s,
+        )
 
     # ---- questions
 
@@ -152,28 +195,32 @@ class ReplicaState:
 
     # ---- bookkeeping
 
+    def _is_in_a_collective(self) -> bool:
+        """Or will be: it goes on as if nothing were known until its own collective says so."""
+        return self.lineage is not None and self.quorum is not None and not self.is_frozen and self._doubt_at is None
+
     def _is_live(self, quorum_id: QuorumId) -> bool:
         return (
             not self.is_frozen and self.is_settled and self.quorum is not None and quorum_id == self.quorum.id
         ) and self._doubt_at is None
 
-    def _commit(self, now: float) -> None:
+    def _commit(self) -> None:
         if self.tag is None or self.lineage is None:
             raise LocalProtocolError(f"nothing to commit: {self.report()}")
         lineage = self.lineage.extended(self.tag)
-        self._turn(Turn.COMMITTED, now)
+        self._turn(Turn.COMMITTED)
         self.lineage = lineage
+        self._steps += 1
         self._begin_attempt(0)
 
-    def _abort(self, next_attempt: int, now: float) -> None:
-        self._turn(Turn.ABORTED, now)
+    def _abort(self, next_attempt: int) -> None:
+        self._turn(Turn.ABORTED)
         self._begin_attempt(next_attempt)
 
     def _begin_attempt(self, attempt: int) -> None:
         self.attempt = attempt
         self.tag, self.vote, self.voted_for = None, None, None
 
-    def _turn(self, turn: Turn, now: float) -> None:
+    def _turn(self, turn: Turn) -> None:
         """The one place where the phase changes."""
         self.phase = after(self.phase, turn)
-        self._phase_since = now

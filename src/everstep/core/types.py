@@ -171,6 +171,7 @@ class RefusalCode(str, enum.Enum):
     BAD_VERSION = "bad-version"  # another PROTOCOL_VERSION, or no client of ours
     BAD_TOKEN = "bad-token"  # wrong or missing, on either side
     BAD_CONFIG = "bad-config"  # settings that contradict each other; a journal that cannot be used
+    STUCK = "stuck"  # its training thread stood still while the others waited; the process ends
     BUSY = "busy"  # no room for another job, or it is just starting anew; try again
     JOB_ENDED = "job-ended"  # every member left while it was joining
 

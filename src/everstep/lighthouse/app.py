@@ -2,6 +2,8 @@
 
     /link             members' WebSocket links
     /api/v1/status    JSON: every job's quorum, round and members (with the job token where one is set)
+    /api/v1/events    a job's event log, as server-sent events (the same)
+    /api/v1/drain     POST ?job=&group=: let a group leave at a step boundary (the same)
     /healthz          "ok" to anybody
 
 Embedded in a process with an event loop it is an async context manager; `in_thread` runs it on a thread of its own.
@@ -11,7 +13,6 @@ import asyncio
 import concurrent.futures
 import contextlib
 import errno
-import hmac
 import resource
 import signal
 import socket
@@ -30,6 +31,7 @@ from everstep.core.messages import PROTOCOL_VERSION
 from everstep.errors import ConfigError
 from everstep.lighthouse.jobs import Jobs
 from everstep.lighthouse.journal import StateDir
+from everstep.link import auth
 from everstep.link.server import LinkServer
 
 BACKLOG = 4096
@@ -126,6 +128,8 @@ class Lighthouse:
         app = web.Application()
         app.router.add_get("/link", self._server.handle)
         app.router.add_get("/api/v1/status", self._status)
+        app.router.add_get("/api/v1/events", self._events)
+        app.router.add_post("/api/v1/drain", self._drain)
         app.router.add_get("/healthz", _healthz)
         self._runner = web.AppRunner(app, access_log=None, shutdown_timeout=0.1)
         await self._runner.setup()
@@ -150,11 +154,7 @@ class Lighthouse:
     # ---- HTTP
 
     async def _status(self, request: web.Request) -> web.Response:
-        token = self._settings.token
-        given = request.headers.get("Authorization", "").encode("utf-8", "surrogateescape")
-        if token is not None and not hmac.compare_digest(given, b"Bearer " + token):
-            text = "the job token is missing or wrong: send it as Authorization: Bearer <token>\n"
-            return web.Response(status=401, text=text, headers={"WWW-Authenticate": "Bearer"})
+        self._check(request, "read")
         status = {
             "version": __version__,
             "protocol_version": PROTOCOL_VERSION,
@@ -162,6 +162,29 @@ class Lighthouse:
             "jobs": self._jobs.status() if self._jobs is not None else {},
         }
         return web.Response(body=msgspec.json.encode(status), content_type="application/json")
+
+    async def _events(self, request: web.Request) -> web.StreamResponse:
+        self._check(request, "read")
+        assert self._jobs is not None
+        return await self._jobs.streams.handle(request)
+
+    async def _drain(self, request: web.Request) -> web.Response:
+        self._check(request, "operate")
+        if "Origin" in request.headers:
+            # A web page somewhere would use its reader's access to this port.
+            raise web.HTTPForbidden(text="browsers have no business here\n")
+        assert self._jobs is not None
+        group = request.query.get("group", "")
+        why_not = self._jobs.drain(request.query.get("job", "default"), group)
+        if why_not:
+            raise web.HTTPNotFound(text=why_not + "\n")
+        return web.Response(text=f"group {group} leaves at a step boundary, once another group holds the state\n")
+
+    def _check(self, request: web.Request, scope: str) -> None:
+        bearer = request.headers.get("Authorization", "").removeprefix("Bearer ")
+        if not auth.admits(self._settings.token, bearer, scope):
+            text = "the job token is missing or wrong: send it as Authorization: Bearer <token>\n"
+            raise web.HTTPUnauthorized(text=text, headers={"WWW-Authenticate": "Bearer"})
 
 
 async def _healthz(_: web.Request) -> web.Response:

@@ -14,8 +14,9 @@ from collections.abc import Callable, Iterable
 from typing import Protocol
 
 from everstep.config import LighthouseSettings
+from everstep.core.events import JobEvent
 from everstep.core.lighthouse import Event, JobConfig, LighthouseMachine
-from everstep.core.messages import Close, Effect, JournalRecord, Log, Persist, Send, ToMember
+from everstep.core.messages import Close, Effect, JournalRecord, Log, Persist, Publish, Send, ToMember
 from everstep.lighthouse.journal import Journal
 from everstep.link.driver import Driver
 
@@ -33,6 +34,7 @@ class JobMachine(Protocol):
     def tick(self, now: float, /) -> list[Effect]: ...
     def next_deadline(self) -> float | None: ...
     def status(self, now: float, /) -> dict[str, object]: ...
+    def members(self) -> list[str]: ...
 
 
 class JobLinks(Protocol):
@@ -52,6 +54,9 @@ def make_machine(job_id: str, settings: LighthouseSettings, record: JournalRecor
         heartbeat_interval_s=settings.heartbeat_interval_s,
         heartbeat_timeout_s=settings.heartbeat_timeout_s,
         link_grace_s=settings.link_grace_s,
+        stuck_timeout_s=settings.stuck_timeout_s,
+        stuck_floor_s=settings.stuck_floor_s,
+        stuck_initial_s=settings.stuck_initial_s,
     )
     return LighthouseMachine(config, record)
 
@@ -59,7 +64,8 @@ def make_machine(job_id: str, settings: LighthouseSettings, record: JournalRecor
 class Job:
     """All of it runs on the server's loop, but for the journal's writes. `journal` None: memory only.
 
-    `on_crash` hears of a bug in the machine, at most once; the job does nothing more then but to be closed.
+    `on_crash` hears of a bug in the machine, at most once; the job does nothing more then but to be closed. `on_event`
+    gets what belongs into the job's event log.
     """
 
     def __init__(
@@ -70,6 +76,7 @@ class Job:
         journal: Journal | None,
         executor: concurrent.futures.Executor,
         on_crash: Callable[["Job", Exception], None],
+        on_event: Callable[[JobEvent], None],
     ) -> None:
         self.job_id = job_id
         self.open_links: dict[int, None] = {}
@@ -79,6 +86,7 @@ class Job:
         self._journal = journal
         self._executor = executor
         self._on_crash = on_crash
+        self._on_event = on_event
         self._driver: Driver[Event] = Driver(machine, self._perform, on_crash=self._crashed)
         self._queue: collections.deque[Effect | int] = collections.deque()  # a number: wait for that Persist
         self._persists = 0
@@ -103,6 +111,10 @@ class Job:
 
     def status(self) -> dict[str, object]:
         return self._machine.status(time.monotonic())
+
+    def members(self) -> list[str]:
+        """Names of the groups in the quorum."""
+        return self._machine.members()
 
     @property
     def is_over(self) -> bool:
@@ -153,6 +165,8 @@ class Job:
                 self._links.send(message, links)  # type: ignore[arg-type]
             case Close(link, reason):
                 self._links.close_link(link, reason)
+            case Publish(published):
+                self._on_event(published)
             case Log(event, fields):
                 self._say(event, fields)
             case _:

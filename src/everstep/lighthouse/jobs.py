@@ -6,10 +6,11 @@ import logging
 from collections.abc import Callable
 
 from everstep.config import LighthouseSettings
-from everstep.core.lighthouse import LinkClosed, LinkMessage, LinkOpened
+from everstep.core.lighthouse import DrainGroup, LinkClosed, LinkMessage, LinkOpened
 from everstep.core.messages import JournalRecord, Refused, ToLighthouse
 from everstep.core.types import RefusalCode
 from everstep.errors import ConfigError
+from everstep.lighthouse.event_stream import EventStreams
 from everstep.lighthouse.job import Job, JobMachine, make_machine
 from everstep.lighthouse.journal import StateDir
 from everstep.link.server import LinkServer
@@ -35,6 +36,7 @@ class Jobs:
         self._job_of: dict[int, Job] = {}
         self._memory: dict[str, JournalRecord] = {}  # without a state directory: the last records of crashed jobs
         self._burials: dict[str, asyncio.Task[None]] = {}
+        self.streams = EventStreams(self._status_of)
         self._executor = concurrent.futures.ThreadPoolExecutor(WRITERS, "everstep-journal")
 
     def attach(self, server: LinkServer) -> None:
@@ -53,6 +55,23 @@ class Jobs:
 
     def status(self) -> dict[str, dict[str, object]]:
         return {job_id: {**job.status(), "links": len(job.open_links)} for job_id, job in self._jobs.items()}
+
+    def _status_of(self, job_id: str) -> dict[str, object] | None:
+        job = self._jobs.get(job_id)
+        return job.status() if job is not None else None
+
+    def drain(self, job_id: str, replica_id: str) -> str:
+        """Let this group leave its job at a step boundary. Returns "" or why there is no such group."""
+        job = self._jobs.get(job_id)
+        if job is None:
+            return f"no job {job_id!r} here; jobs: {', '.join(self._jobs) or 'none'}"
+        members = job.members()
+        if replica_id not in members:
+            return (
+                f"no group {replica_id!r} in the quorum of job {job_id!r}; its groups: {', '.join(members) or 'none'}"
+            )
+        job.receive(DrainGroup(replica_id))
+        return ""
 
     # ---- links
 
@@ -103,7 +122,8 @@ class Jobs:
         journal = self._state_dir.journal(job_id) if self._state_dir is not None else None
         record = journal.load() if journal is not None else self._memory.get(job_id)
         machine = self._new_machine(job_id, self._settings, record)
-        job = Job(job_id, machine, self._server, journal, self._executor, self._crashed)
+        publish = self.streams.begin(job_id)
+        job = Job(job_id, machine, self._server, journal, self._executor, self._crashed, publish)
         self._jobs[job_id] = job
         job.start()
 
@@ -114,6 +134,7 @@ class Jobs:
             return False
         job = next((job for job in idle if job.is_over), idle[0])
         del self._jobs[job.job_id]
+        self.streams.forget(job.job_id)
         self._bury(job)
         return True
 

@@ -79,6 +79,25 @@ def verify(token: bytes, mac: str, *parts: str | bytes) -> bool:
     return hmac.compare_digest(mac.encode(), sign(token, *parts).encode())
 
 
+def http_key(token: bytes, scope: str) -> str:
+    """What an HTTP client shows as `Authorization: Bearer` in the token's place. `scope` is "read" or "operate".
+
+    It opens the HTTP pages and nothing else: the token itself never travels, and a link cannot be opened with it.
+    """
+    return sign(token, "everstep http", scope)
+
+
+def admits(token: bytes | None, bearer: str, scope: str) -> bool:
+    """Whether `bearer`, the token itself or a key made from it, may use pages of this scope; in constant time."""
+    if token is None:
+        return True
+    given = bearer.encode("utf-8", "surrogateescape")
+    accepted = [token, http_key(token, "operate").encode()]
+    if scope == "read":
+        accepted.append(http_key(token, "read").encode())
+    return sum(hmac.compare_digest(given, right) for right in accepted) > 0
+
+
 def new_nonce() -> bytes:
     return secrets.token_bytes(NONCE_BYTES)
 

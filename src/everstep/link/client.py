@@ -317,6 +317,10 @@ class LinkClient:
 
     # ---- threads and forks
 
+    def call(self, action: Callable[[], object]) -> None:
+        """Run it on the link's thread, soon. Any thread, and signal handlers."""
+        self._call(action)
+
     def _call(self, action: Callable[[], object]) -> None:
         with contextlib.suppress(RuntimeError):  # the loop has ended
             if self._loop is not None:

@@ -90,10 +90,13 @@ class Faults:
     leave: int = 0  # a process says Goodbye and exits; nobody starts it again
     join: int = 0
     at_points: int = 0  # triggers, drawn
+    hang: int = 0  # a training thread stands still while its link lives
 
     @staticmethod
     def drawn(rng: random.Random) -> "Faults":
         """The mix of everything that `--seed` runs."""
+        spare = random.Random()
+        spare.setstate(rng.getstate())  # so that older seeds still mean what they meant when they were found
         return Faults(
             kill=rng.choice((0, 1, 1, 2, 3)),
             kill_twice=rng.choice((0, 0, 1)),
@@ -111,6 +114,7 @@ class Faults:
             leave=rng.choice((0, 0, 0, 0, 0, 1)),
             join=rng.choice((0, 0, 1, 2)),
             at_points=rng.choice((0, 1, 2, 4)),
+            hang=spare.choice((0, 0, 0, 0, 0, 1)),
         )
 
 
@@ -277,6 +281,9 @@ class Injector:
             self.done.pop()
             return
         victim.drain()
+
+    def _hang(self, victim: "Process", _seconds: float | None) -> None:
+        victim.hang()
 
     def _leave(self, victim: "Process", _seconds: float | None) -> None:
         if len(self._world.living()) < 2:

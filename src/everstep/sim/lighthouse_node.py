@@ -2,8 +2,9 @@
 
 from typing import TYPE_CHECKING
 
+from everstep.core.events import EventLog
 from everstep.core.lighthouse import JobConfig, LighthouseMachine, LinkClosed, LinkMessage, LinkOpened
-from everstep.core.messages import Close, Effect, JournalRecord, Log, Persist, Send, ToLighthouse
+from everstep.core.messages import Close, Effect, JournalRecord, Log, Persist, Publish, Send, ToLighthouse
 from everstep.sim.checkers import Violation
 
 if TYPE_CHECKING:
@@ -26,6 +27,7 @@ class LighthouseNode:
         self._links: dict[int, Process] = {}
         self._tick_at: float | None = None
         self.logs: list[Log] = []
+        self.events = EventLog("sim", "sim")
 
     @property
     def is_up(self) -> bool:
@@ -96,6 +98,8 @@ class LighthouseNode:
                     if process is not None:
                         process.link_lost(reason)
                         self._feed(LinkClosed(link, reason))
+                case Publish(event):
+                    self.events.append(event, self._world.now)
                 case Log():
                     self.logs.append(effect)
                     self._world.log("lighthouse", effect)

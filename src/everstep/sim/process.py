@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-from everstep.core.messages import Effect, Log, Send, Sever, ToMember
+from everstep.core.messages import Activity, Effect, Exit, Log, Send, Sever, ToMember
 from everstep.core.moves import (
     AskToLeave,
     BarrierEnded,
@@ -55,6 +55,7 @@ class Process:
         self.steps_aborted = 0
         self._is_leaving = False
         self._is_ready = False
+        self._hangs_next = self._is_hung = False
 
     # ---- link
 
@@ -138,6 +139,8 @@ class Process:
                         up.send(lambda m=message, k=link: self._world.lighthouse.message(k, m))  # type: ignore[misc]
                 case Sever(up_to):
                     self._sever(up_to)
+                case Exit():
+                    self._world.exited(self)
                 case Log():
                     self._world.log(self.name, effect)
                 case _:
@@ -176,6 +179,14 @@ class Process:
     def stop(self, seconds: float) -> None:
         self.frozen_until = max(self.frozen_until, self._world.now + seconds)
 
+    def hang(self) -> None:
+        """The training thread stands still from its next computation on; the link thread lives."""
+        self._hangs_next = True
+
+    def wake_up(self) -> None:
+        self._hangs_next = self._is_hung = False
+        self._advance()
+
     def drain(self) -> None:
         self.feed(AskToLeave())
 
@@ -193,7 +204,7 @@ class Process:
             self._busy = None
 
     def _advance(self) -> None:
-        if not self.is_alive or (self._busy is not None and not self.replica.has_left):
+        if not self.is_alive or self._is_hung or (self._busy is not None and not self.replica.has_left):
             return
         if self._world.now < self.frozen_until:
             self._wait_for(("stopped",), self.frozen_until - self._world.now, lambda: None)
@@ -215,7 +226,10 @@ class Process:
             case Vote(quorum, must_be_no):
                 self._vote(quorum, must_be_no)
             case _:
-                pass
+                self._mark(Activity.WAITING)
+
+    def _mark(self, activity: Activity) -> None:
+        self.replica.mark(activity, self._world.now)
 
     def _take_decisions(self) -> None:
         """What the step() call of a script does when its step is decided: run the optimizer, or drop the gradient."""
@@ -271,6 +285,7 @@ class Process:
     def _issue(self, quorum: Quorum, kind: str, value: object, then: Callable[[Sequence[object]], None]) -> None:
         token = (kind, str(quorum.id))
         self._busy = token
+        self._mark(Activity.WAITING)
 
         def done(values: Sequence[object] | None) -> None:
             if not self.is_alive:
@@ -299,6 +314,7 @@ class Process:
 
     def _recover(self, quorum: Quorum, source: int, lineage: Lineage) -> None:
         member = quorum.members[source].id
+        self._mark(Activity.RECOVERING)
 
         def fetched() -> None:
             donor = self._world.process_of(member)
@@ -323,6 +339,10 @@ class Process:
                 if (self.replica.step, self.replica.attempt, self.replica.evictions) == key:
                     self._batch_for = key
 
+            self._mark(Activity.COMPUTING)
+            if self._hangs_next:
+                self._hangs_next, self._is_hung = False, True
+                return
             self._wait_for(("compute",), self._world.draw("compute"), computed)
             return
         value = (self.replica.lineage, self.replica.attempt, self._batch)
@@ -344,7 +364,7 @@ class Process:
 
     def _vote(self, quorum: Quorum, must_be_no: bool) -> None:
         is_ok = not must_be_no and not self._world.faults.wants_veto()
-        cast = self.replica.cast_vote(is_ok, self._world.now)
+        cast = self.replica.cast_vote(is_ok)
         if cast is None:
             return
         value = (self.replica.lineage, self.replica.attempt, cast.is_ok, cast.proposal)

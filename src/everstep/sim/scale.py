@@ -185,7 +185,7 @@ class ScaleWorld:
             assert member.quorum is not None
             reduced = GradientsReduced(member.quorum.id, len(member.quorum.members))
             self._from_member(link, member.receive(reduced, self.now))
-        votes = {link: member.cast_vote(True, self.now) for link, member in settled.items()}
+        votes = {link: member.cast_vote(True) for link, member in settled.items()}
         proposals = [vote.proposal for vote in votes.values() if vote is not None]
         lowest, highest = min(proposals), max(proposals)
         for link, member in settled.items():

@@ -91,6 +91,7 @@ class World:
 
     def _job_config(self) -> JobConfig:
         timeout = self.climate.heartbeat_timeout_s
+        patience_s = max(1.0, 3 * self.delays.compute[1])
         return JobConfig(
             job_id="sim",
             lighthouse=f"lh{self.seed}",
@@ -100,6 +101,8 @@ class World:
             heartbeat_interval_s=timeout / 4,
             heartbeat_timeout_s=timeout,
             link_grace_s=self.climate.link_grace_s,
+            stuck_floor_s=patience_s,
+            stuck_initial_s=2 * patience_s,
         )
 
     # ---- services for the parties
@@ -152,6 +155,11 @@ class World:
     def left(self, process: Process) -> None:
         """It keeps its last group open for the others' sake, for a while or not at all, and exits."""
         self.after(self.rng.choice((0.0, 0.5)), process.kill)
+
+    def exited(self, process: Process) -> None:
+        """It was told to, because its training thread stands still; something starts it again."""
+        process.kill()
+        self.after(0.1, lambda: self.restart(process.replica_id))
 
     # ---- the schedule
 
@@ -228,6 +236,8 @@ class World:
         calm = Delays()
         self.delays = dataclasses.replace(self.delays, message=calm.message, wake=calm.wake, startup=calm.startup)
         self._goal = self._highest() + self.steps
+        for process in self.living():
+            process.wake_up()
 
     def _check_progress(self) -> str:
         """I7: within the bound, everybody alive is in one settled quorum and a good way further."""

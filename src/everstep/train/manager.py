@@ -1,8 +1,10 @@
 """The Manager: this replica group's part in the job, as a training script sees it."""
 
+import contextlib
 import dataclasses
 import logging
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol
@@ -14,6 +16,7 @@ from everstep.collectives.step_journal import Reduction, TensorReduction
 from everstep.config import ManagerSettings, check_count, manager_settings
 from everstep.core.moves import ReplicaConfig
 from everstep.errors import ConfigError
+from everstep.train.drain import DrainOnSigterm
 from everstep.train.header import Contribution
 from everstep.train.presence import Presence, new_nonce
 from everstep.train.recovering import LiveState, Recovery, Stateful
@@ -71,6 +74,11 @@ class Manager:
     - `min_replicas`: with fewer replica groups no step commits; it waits, and says so.
     - `init_sync`: all but one group of a new job take over that one's initial weights before step 1.
     - `host`: the local address for the other groups; by default the one on the way to the lighthouse.
+    - `proactive_recovery` (EVERSTEP_PROACTIVE_RECOVERY, on): a notice of a peer's failure ends this member's
+      collectives at once. Off: they must fail by themselves, within `collective_timeout_s`.
+    - `drain_on_sigterm`: SIGTERM asks to leave at a step boundary, as `drain()` does; a second one ends the process.
+      Only where the script has no handler of its own, and only from the main thread.
+    - `drain_grace_s`: how long a leaver waits for somebody to take its place before it leaves as it is.
 
     All methods belong to the training thread, but for `report_error`. Raises ConfigError, LighthouseUnreachable and
     LighthouseRefused when it starts, or at the next step when it happens later.
@@ -88,6 +96,10 @@ class Manager:
         init_sync: bool = True,
         host: str | None = None,
         connect_timeout_s: float = 30.0,
+        collective_timeout_s: float = 300.0,
+        proactive_recovery: bool | None = None,
+        drain_on_sigterm: bool = True,
+        drain_grace_s: float = 20.0,
     ) -> None:
         self._arguments: dict[str, Any] = {
             "lighthouse": lighthouse,
@@ -97,7 +109,12 @@ class Manager:
             "replica_groups": replica_groups,
             "min_replicas": min_replicas,
             "connect_timeout_s": connect_timeout_s,
+            "collective_timeout_s": collective_timeout_s,
+            "proactive_recovery": proactive_recovery,
+            "drain_grace_s": drain_grace_s,
         }
+        self._drain_grace_s = drain_grace_s
+        self._sigterm = DrainOnSigterm(self.drain) if drain_on_sigterm else None
         self._init_sync = init_sync
         self._host = host
         self._state = LiveState()
@@ -124,11 +141,15 @@ class Manager:
             min_replicas=settings.min_replicas,
             init_sync=self._init_sync,
             start_step=self._start_step,
+            freezes_on_notice=settings.proactive_recovery,
+            collective_timeout_s=settings.collective_timeout_s,
         )
         presence = Presence(settings, config, self._host)
         presence.__enter__()
         self._presence = presence
         self._stepper = Stepper(presence, Recovery(presence, self._state), self._contribution)
+        if self._sigterm is not None:
+            self._sigterm.install()
         return self
 
     def shutdown(self) -> None:
@@ -145,8 +166,30 @@ class Manager:
 
     def _end(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         presence, self._presence = self._presence, None
+        if self._sigterm is not None:
+            self._sigterm.remove()
         if presence is not None:
             presence.__exit__(kind, error, trace)
+
+    def drain(self) -> None:
+        """Ask to leave at a step boundary; any thread. The next step after that raises GroupDrained, a SystemExit(0).
+
+        No step fails anywhere. The only holder of the state stays until another has it, or `drain_grace_s` passed.
+        """
+        self._here().ask_to_leave(self._drain_grace_s)
+
+    @contextlib.contextmanager
+    def section(self, name: str) -> Iterator[None]:
+        """While it is open this group may keep the others waiting as long as it likes: validation, checkpoints.
+
+        Otherwise a group that all others wait for is evicted after a limit learned from the job's steps.
+        """
+        replica = self._here().replica
+        replica.open_section(name)
+        try:
+            yield
+        finally:
+            replica.close_section(time.monotonic())
 
     # ---- what a joiner copies
 

@@ -6,9 +6,13 @@ own results. One lock guards the machine; nothing blocks while it is held.
 
 import asyncio
 import contextlib
+import dataclasses
+import faulthandler
 import logging
+import os
 import secrets
 import socket
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from types import TracebackType
@@ -19,8 +23,8 @@ from everstep.collectives.process_group import ReconfigurableProcessGroup
 from everstep.collectives.store import HostedStore
 from everstep.collectives.with_lane import ProcessGroupWithLane
 from everstep.config import ManagerSettings
-from everstep.core.messages import Effect, Log, Send, Sever, ToMember
-from everstep.core.moves import Leave, LinkDown, LinkUp, ReplicaConfig, ReplicaEvent, TrainAlone
+from everstep.core.messages import Effect, Exit, Log, Send, Sever, ToMember
+from everstep.core.moves import AskToLeave, Leave, LinkDown, LinkUp, ReplicaConfig, ReplicaEvent, TrainAlone
 from everstep.core.replica import Replica
 from everstep.errors import ConfigError, EverstepError, LighthouseRefused, LighthouseUnreachable
 from everstep.link.auth import Credentials
@@ -28,6 +32,8 @@ from everstep.link.client import LinkClient
 from everstep.link.dial import LinkTarget
 from everstep.link.driver import Driver
 from everstep.recovery import Fetch, RecoveryServer, ServerOptions, TransferAuth
+
+EXIT_STUCK = 91
 
 log = logging.getLogger("everstep")
 
@@ -49,6 +55,7 @@ class Presence:
         self._store: HostedStore | None = None
         self._fetch: Fetch | None = None
         self._error: Exception | None = None
+        self.leaves_alone = False  # asked to leave, and there is nobody to tell
 
     @property
     def replica(self) -> Replica:
@@ -78,20 +85,7 @@ class Presence:
         self._store.start()
         self.server = RecoveryServer(ServerOptions(auth=self.auth))
         url = self.server.start(host, host)
-        config = self._config
-        self._begin(
-            ReplicaConfig(
-                replica_id=config.replica_id,
-                nonce=config.nonce,
-                store=self._store.address,
-                recovery=url,
-                expected_replicas=config.expected_replicas,
-                min_replicas=config.min_replicas,
-                init_sync=config.init_sync,
-                start_step=config.start_step,
-                keeps_gradients=config.keeps_gradients,
-            )
-        )
+        self._begin(dataclasses.replace(self._config, store=self._store.address, recovery=url))
         credentials = Credentials(job_id=self._settings.job_id, token=self._settings.token)
         target = LinkTarget(
             url=lighthouse,
@@ -139,6 +133,13 @@ class Presence:
         assert self._driver is not None
         self._driver.receive(event)
 
+    def ask_to_leave(self, grace_s: float) -> None:
+        """Any thread, and a signal handler: it takes no lock, which the interrupted thread may hold."""
+        if self._client is not None:
+            self._client.call(lambda: self.feed(AskToLeave(grace_s)))
+        else:
+            self.leaves_alone = True
+
     def run(self, call: Callable[[float], list[Effect]]) -> None:
         """Call the machine under the lock with the time now."""
         assert self._driver is not None
@@ -157,6 +158,8 @@ class Presence:
                         self._fetch.abort()
                 case Log(event, fields):
                     self._log(event, fields)
+                case Exit(reason):
+                    _exit_stuck(reason)
                 case _:
                     raise AssertionError(f"a member's machine returned {effect}")
         self.changed.notify_all()
@@ -209,6 +212,14 @@ class Presence:
             if not isinstance(error, EverstepError) and quorum is not None:
                 self.group.abort(quorum.id)  # a bug: let nobody wait for this member
             self.changed.notify_all()
+
+
+def _exit_stuck(reason: str) -> None:
+    """On the link's thread. The training thread stands still: it cannot be told, only shown, and ended."""
+    sys.stderr.write(f"everstep: this process ends, because {reason}; its threads are here:\n")
+    sys.stderr.flush()
+    faulthandler.dump_traceback(sys.__stderr__ or 2, all_threads=True)
+    os._exit(EXIT_STUCK)
 
 
 def new_nonce() -> str:

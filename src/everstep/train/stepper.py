@@ -14,7 +14,7 @@ import torch
 
 from everstep.collectives.process_group import Membership, ReduceOp
 from everstep.collectives.step_journal import Reduction, StepJournal
-from everstep.core.messages import Effect
+from everstep.core.messages import Activity, Effect
 from everstep.core.moves import (
     BarrierEnded,
     Build,
@@ -33,7 +33,7 @@ from everstep.core.moves import (
 )
 from everstep.core.recovery_plan import Claim
 from everstep.core.types import MemberId, Phase, Quorum, QuorumId
-from everstep.errors import PeerLost, RecoveryFailed, StepInterrupted
+from everstep.errors import GroupDrained, PeerLost, RecoveryFailed, StepInterrupted
 from everstep.train.header import Contribution, HeaderCarrier, StepHeader
 from everstep.train.presence import Presence
 from everstep.train.recovering import Recovery
@@ -108,6 +108,9 @@ class Stepper:
         """Be a settled member that holds the state: joins, recovers, builds as needed. Cheap when nothing is to do."""
         if self._batch is not None:
             return
+        with self._presence.changed:
+            if self._presence.replica.has_left or self._presence.leaves_alone:
+                raise GroupDrained
         if not self._has_asked_to_join:
             self._has_asked_to_join = True
             self._presence.feed(ReadyToJoin())
@@ -164,24 +167,33 @@ class Stepper:
     def _drive(self, is_reached: Callable[[Move], bool], until: Callable[[], bool] | None = None) -> None:
         """Make moves until `is_reached`, or until the batch at hand is decided."""
         waiting_since = 0.0
+        self._mark(Activity.WAITING)
         while True:
             self._presence.check()
             with self._presence.changed:
                 move = self._presence.replica.next_move()
                 if self._is_decided() or is_reached(move):
+                    self._mark(Activity.COMPUTING)
                     return
+                if self._presence.replica.has_left:
+                    raise GroupDrained
                 if isinstance(move, Wait):
                     waiting_since = self._wait(move, waiting_since)
                     continue
             waiting_since = 0.0
             self._make(move, until)
 
+    def _mark(self, activity: Activity) -> None:
+        self._presence.replica.mark(activity, time.monotonic())
+
     def _make(self, move: Move, until: Callable[[], bool] | None) -> None:
         match move:
             case Build(quorum, claim):
                 self._try(quorum.id, lambda: self._settle(quorum, claim))
             case Recover():
+                self._mark(Activity.RECOVERING)
                 self._fetch(move)
+                self._mark(Activity.WAITING)
             case Reduce(quorum):
                 self._try(quorum.id, lambda: self._reduce(quorum, until))
             case Vote(quorum, must_be_no):
@@ -213,7 +225,14 @@ class Stepper:
         if rank is None:
             return
         group = presence.group
-        group.configure(Membership(quorum_id=quorum.id, rank=rank, size=len(quorum.members), store=quorum.store))
+        membership = Membership(
+            quorum_id=quorum.id,
+            rank=rank,
+            size=len(quorum.members),
+            store=quorum.store,
+            timeout_s=presence.replica.config.collective_timeout_s,
+        )
+        group.configure(membership)
         gathered = group.allgather(_pack(claim))
         claims = tuple(_claims.decode(_unpack(row)) for row in gathered)
         presence.feed(BarrierEnded(quorum.id, claims))
@@ -223,7 +242,9 @@ class Stepper:
             plan = replica.plan if is_current and not replica.is_frozen else None
         if plan is not None:
             group.release_previous()
+            presence.replica.open_section("snapshot")
             self._recovery.offer(quorum, plan, rank)
+            presence.replica.close_section(time.monotonic())
 
     def _fetch(self, move: Recover) -> None:
         quorum_id = move.quorum.id
@@ -257,14 +278,16 @@ class Stepper:
 
     def _vote(self, quorum: Quorum, must_be_no: bool) -> None:
         if not self._is_prepared:
+            self._mark(Activity.COMPUTING)
             self._objection = self._objection or self._before_vote()
+            self._mark(Activity.WAITING)
             self._is_prepared = True
         if must_be_no:
             self._objection = self._objection or f"{len(quorum.members)} replica groups are fewer than min_replicas"
         cast: list[VoteCast] = []
 
-        def cast_vote(now: float) -> list[Effect]:
-            promise = self._presence.replica.cast_vote(not self._objection, now)
+        def cast_vote(_: float) -> list[Effect]:
+            promise = self._presence.replica.cast_vote(not self._objection)
             if promise is not None:
                 cast.append(promise)
             return []

@@ -1,0 +1,34 @@
+"""SIGTERM as a request to leave: what a cluster sends before it takes a node away."""
+
+import logging
+import os
+import signal
+import threading
+from collections.abc import Callable
+from types import FrameType
+
+log = logging.getLogger("everstep")
+
+
+class DrainOnSigterm:
+    """Takes SIGTERM over while it is installed, where nobody else has; a second SIGTERM ends the process as ever."""
+
+    def __init__(self, ask: Callable[[], None]) -> None:
+        self._ask = ask
+        self._is_installed = False
+
+    def install(self) -> None:
+        """From the main thread; elsewhere, or where the script handles SIGTERM itself, nothing changes."""
+        if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+            signal.signal(signal.SIGTERM, self._on_sigterm)
+            self._is_installed = True
+
+    def remove(self) -> None:
+        if self._is_installed and threading.current_thread() is threading.main_thread():
+            self._is_installed = False
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+    def _on_sigterm(self, _number: int, _frame: FrameType | None) -> None:
+        self.remove()
+        os.write(2, b"everstep: SIGTERM: this group leaves at the next step boundary\n")
+        self._ask()
