@@ -83,11 +83,13 @@ class LighthouseSettings:
     tls_key: Path | None = None
     jobs: tuple[str, ...] = ()  # the only jobs that are served; (): any
     jobs_max: int = 1000
+    events_kept_max: int = 4096  # of each job, for readers that come late or fall behind
 
     def __post_init__(self) -> None:
         check_count("port", self.port, 0, 65535)
         check_count("min_replicas", self.min_replicas, 1, REPLICA_GROUPS_MAX)
         check_count("jobs_max", self.jobs_max, 1, 1_000_000)
+        check_count("events_kept_max", self.events_kept_max, 1, 1_000_000)
         check_duration("join_timeout_s", self.join_timeout_s)
         check_duration("heartbeat_timeout_s", self.heartbeat_timeout_s)
         check_duration("link_grace_s", self.link_grace_s)

@@ -7,30 +7,28 @@ that are held. Everything that the machines return is written down. Idea: etcd r
 import dataclasses
 from collections.abc import Callable
 
-from everstep.core.lighthouse import Event, JobConfig, LighthouseMachine, LinkClosed, LinkMessage, LinkOpened
+from everstep.core.lighthouse import (
+    DrainGroup,
+    Event,
+    JobConfig,
+    LighthouseMachine,
+    LinkClosed,
+    LinkMessage,
+    LinkOpened,
+)
 from everstep.core.messages import (
-    Adopted,
+    Activity,
     Close,
     Effect,
-    Failed,
-    Goodbye,
-    Grant,
-    Hello,
+    Exit,
     JournalRecord,
     Log,
-    MembersChange,
-    Notice,
     Persist,
-    Proposal,
-    Ready,
-    Refused,
+    Publish,
     Send,
     Sever,
-    Switch,
     ToLighthouse,
     ToMember,
-    Waiting,
-    Welcome,
 )
 from everstep.core.moves import (
     AskToLeave,
@@ -50,7 +48,8 @@ from everstep.core.moves import (
 )
 from everstep.core.recovery_plan import Claim
 from everstep.core.replica import Replica
-from everstep.core.types import MemberId, Quorum, QuorumId, Report
+from everstep.core.types import MemberId, Quorum, QuorumId
+from tests.core.described import described, fields, listed
 
 
 @dataclasses.dataclass
@@ -72,7 +71,9 @@ class Stage:
         self.now = 0.0
         self.actors: dict[str, Actor] = {}
         self.lighthouse: LighthouseMachine | None = None
-        self._config = JobConfig(job_id="job", lighthouse="lh", history="h", join_timeout_s=5.0)
+        self._config = JobConfig(
+            job_id="job", lighthouse="lh", history="h", join_timeout_s=5.0, stuck_timeout_s=8.0, stuck_initial_s=20.0
+        )
         self._disk: JournalRecord | None = None
         self._expected = 0
         self._links = 0
@@ -233,6 +234,16 @@ class Stage:
     def do_drain(self, name: str) -> None:
         self._tell(self.actors[name], AskToLeave())
 
+    def do_drain_group(self, replica_id: str) -> None:
+        """The operator's request."""
+        self._feed_lighthouse(DrainGroup(replica_id))
+
+    def do_doing(self, name: str, activity: str, section: str = "") -> None:
+        """What its training thread does from now on; in a section, if one is named."""
+        self.actors[name].replica.mark(Activity[activity.upper()], self.now)
+        if section:
+            self.actors[name].replica.open_section(section)
+
     def do_leave(self, name: str) -> None:
         self._tell(self.actors[name], Leave("training is done"))
 
@@ -278,13 +289,16 @@ class Stage:
             match effect:
                 case Send(message, _):
                     if type(message).__name__ != "Heartbeat":
-                        self._write(f"{actor.name} -> {_described(message)}")
+                        self._write(f"{actor.name} -> {described(message)}")
                     if actor.link:
                         actor.up.append(message)  # type: ignore[arg-type]
                 case Sever(up_to):
                     self._write(f"{actor.name} severs {up_to}")
-                case Log(event, fields):
-                    self._write(f"{actor.name} logs {event}: {_fields(fields)}")
+                case Exit(reason):
+                    self._write(f"{actor.name} shows its stacks and exits: {reason}")
+                    self.do_kill(actor.name)
+                case Log(event, values):
+                    self._write(f"{actor.name} logs {event}: {fields(values)}")
 
     def _feed_lighthouse(self, event: Event) -> None:
         if self.lighthouse is not None:
@@ -295,13 +309,13 @@ class Stage:
             match effect:
                 case Send(message, links):
                     to = [a for a in self.actors.values() if a.link in links]
-                    self._write(f"    lighthouse -> {','.join(a.name for a in to)}: {_described(message)}")
+                    self._write(f"    lighthouse -> {','.join(a.name for a in to)}: {described(message)}")
                     for actor in to:
                         actor.down.append(message)  # type: ignore[arg-type]
                 case Persist(record):
                     self._disk = record
-                    current = _listed(record.current) if record.current else "no quorum"
-                    proposals = "".join(f", proposed {_listed(q)}" for q in record.proposals)
+                    current = listed(record.current) if record.current else "no quorum"
+                    proposals = "".join(f", proposed {listed(q)}" for q in record.proposals)
                     self._write(f"    lighthouse writes: epoch {record.epoch}, {current}{proposals}")
                 case Close(link, reason):
                     for actor in self.actors.values():
@@ -309,8 +323,10 @@ class Stage:
                             self._write(f"    lighthouse closes {actor.name}: {reason}")
                             self._cut(actor)
                             self._feed_lighthouse(LinkClosed(link, reason))
-                case Log(event, fields):
-                    self._write(f"    lighthouse logs {event}: {_fields(fields)}")
+                case Publish(event):
+                    self._write(f"    lighthouse publishes {event.kind.value} {event.member}".rstrip())
+                case Log(event, values):
+                    self._write(f"    lighthouse logs {event}: {fields(values)}")
 
     def _deliver(self) -> None:
         moved = True
@@ -328,54 +344,3 @@ class Stage:
 
     def _write(self, line: str) -> None:
         self._lines.append(line)
-
-
-def _fields(fields: dict[str, object]) -> str:
-    return " ".join(f"{key}={value}" for key, value in fields.items())
-
-
-def _listed(quorum: Quorum) -> str:
-    return f"{quorum.id}({' '.join(map(str, quorum.member_ids))})"
-
-
-def _reported(report: Report) -> str:
-    state = f"step {report.step} attempt {report.attempt} {report.phase.name}" if report.has_state else "no state"
-    vote = {None: "", True: " voted ok", False: " voted no"}[report.vote]
-    where = f" in {report.quorum_id}" if report.quorum_id else ""
-    return f"{report.member} {state}{vote}{where}{' unsettled' if report.is_unsettled and report.has_state else ''}"
-
-
-def _changed(change: MembersChange) -> str:
-    base = f"{change.base}" if change.base else "all"
-    return " ".join([base, *(f"+{m.id}" for m in change.added), *(f"-{m}" for m in change.removed)])
-
-
-def _described(message: ToLighthouse | ToMember) -> str:
-    kind = type(message).__name__
-    match message:
-        case Hello(report):
-            return f"{kind} {_reported(report)}"
-        case Ready(round_, report):
-            return f"{kind} {round_}: {_reported(report)}"
-        case Adopted(quorum_id):
-            return f"{kind} {quorum_id}"
-        case Failed(quorum_id, peer, detail):
-            return f"{kind} {quorum_id} peer {peer}: {detail}"
-        case Goodbye(reason, had_state):
-            return f"{kind} {reason}{' (had the state)' if had_state else ''}"
-        case Welcome(member):
-            return f"{kind} {member}"
-        case Waiting(reason):
-            return f"{kind}: {reason}"
-        case Proposal(quorum_id, members):
-            return f"{kind} {quorum_id}: {_changed(members)}"
-        case Switch(quorum_id, members, founding, founder):
-            founds = f" founding {founding}, state from {founder}" if founding else ""
-            return f"{kind} {quorum_id}: {_changed(members)}{founds}"
-        case Notice(round_, victims, cause):
-            return f"{kind} {round_}: {cause.value} {' '.join(map(str, victims)) or 'nobody'}"
-        case Grant(round_, quorum_id, members, step, attempt, action):
-            return f"{kind} {round_} -> {quorum_id}: {_changed(members)}; step {step} attempt {attempt} {action.name}"
-        case Refused(code, detail, _, incarnation):
-            return f"{kind} {code.value}: {detail}{f' (now #{incarnation})' if incarnation else ''}"
-    return kind

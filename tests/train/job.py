@@ -10,7 +10,9 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.context import ForkServerProcess
 from typing import Any
 
+import everstep as es
 from everstep.config import LighthouseSettings
+from everstep.core.events import JobEvent
 from everstep.lighthouse.app import Lighthouse
 from tests.train.scripts import Plan, train
 
@@ -132,6 +134,11 @@ class Job:
             member.process.join(10)
             assert member.is_done, self.describe()
             assert member.process.exitcode == 0
+
+    def events(self) -> list[JobEvent]:
+        """Everything that the lighthouse published so far."""
+        with es.subscribe_events(lighthouse=self.address, after="oldest", follow=False) as events:
+            return list(events)
 
     def describe(self) -> str:
         lines = []

@@ -3,6 +3,8 @@
 A child is forked from a server that has imported torch and Everstep, runs `train`, and reports through its pipe.
 """
 
+import contextlib
+import ctypes
 import dataclasses
 import logging
 import os
@@ -19,7 +21,7 @@ import everstep as es
 from everstep.collectives.process_group import Membership, ReconfigurableProcessGroup, ReduceOp, Work
 from everstep.core.moves import CollectiveFailed
 from everstep.core.types import QuorumId
-from everstep.errors import StepInterrupted
+from everstep.errors import GroupDrained, StepInterrupted
 from everstep.train.presence import Presence
 
 HOLD_DEADLINE_S = 30.0
@@ -40,6 +42,10 @@ class Plan:
     lose_vote_at_step: int = 0  # the result of this vote never reaches the training thread
     lose_reduction_at_step: int = 0
     fail_at_step: int = 0  # report a failed collective between backward and step, though nobody died
+    stall_at_step: int = 0  # stand still in its forward pass, once
+    stall_s: float = 0.0
+    stall_holds_gil: bool = False  # as a C extension that never lets go of it: the link thread stands still as well
+    stall_section: str = ""
     change_by_hand: bool = False  # clip between backward and step instead of in before_step
     workers: int = 0  # of the DataLoader
     batch_size: int = 4
@@ -154,6 +160,20 @@ class Worker:
         self.has_failed = False
         self.has_lost = False
         self.has_held = False
+        self.has_stalled = False
+        self.manager: es.Manager | None = None
+
+    def _stall(self) -> None:
+        if self.step != self.plan.stall_at_step or self.has_stalled:
+            return
+        self.has_stalled = True
+        self.pipe.send({"event": "holding"})
+        assert self.manager is not None
+        with self.manager.section(self.plan.stall_section) if self.plan.stall_section else contextlib.nullcontext():
+            if self.plan.stall_holds_gil:
+                ctypes.PyDLL(None).usleep(int(self.plan.stall_s * 1e6))
+            else:
+                threading.Event().wait(self.plan.stall_s)
 
     def strike(self, point: str) -> None:
         if self.plan.die_in == point and self.step == self.plan.at_step:
@@ -177,6 +197,7 @@ class Worker:
             init_sync=self.plan.init_sync,
             **self.plan.options,
         ) as manager:
+            self.manager = manager
             presence = manager._presence
             assert presence is not None
             presence.group = FaultyGroup(presence.group, self)
@@ -191,6 +212,7 @@ class Worker:
                 for x, y, ids in sampler.batches(loader):
                     self.step = manager.current_step() + 1
                     optimizer.zero_grad()
+                    self._stall()
                     torch.nn.functional.mse_loss(model(x), y).backward()  # type: ignore[no-untyped-call]
                     if self.plan.change_by_hand:
                         torch.nn.utils.clip_grad_norm_(net.parameters(), 1e-3)
@@ -255,4 +277,7 @@ def train(plan: Plan, pipe: Connection) -> None:
     except es.EverstepError as error:
         pipe.send({"event": "error", "kind": type(error).__name__, "text": str(error)})
         return
+    except GroupDrained:
+        pipe.send({"event": "done"})
+        raise
     pipe.send({"event": "done"})

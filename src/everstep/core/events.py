@@ -16,7 +16,6 @@ import msgspec
 from everstep.core.messages import Cause, Publish
 from everstep.core.types import FailureRound, MemberId, Quorum
 
-EVENTS_KEPT_MAX = 4096
 NAMES_MAX = 64  # in one event; the snapshot of a resync names every member
 _CURSOR = re.compile(r"([0-9a-zA-Z_.-]{1,80})-(\d{1,18})")
 
@@ -127,7 +126,7 @@ def _names(members: Iterable[MemberId]) -> tuple[str, ...]:
 class EventLog:
     """The newest `kept_max` events of one life of a job at its lighthouse. `stream` names that life."""
 
-    def __init__(self, job_id: str, stream: str, kept_max: int = EVENTS_KEPT_MAX) -> None:
+    def __init__(self, job_id: str, stream: str, kept_max: int) -> None:
         self._job_id = job_id
         self._stream = stream
         self._events: collections.deque[JobEvent] = collections.deque(maxlen=kept_max)

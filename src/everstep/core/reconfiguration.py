@@ -264,11 +264,10 @@ class Reconfigurer:
                 evicted.append(member)
         return self._refuse(evicted, "left out of the quorum that survived a failure")
 
-    def _refuse(self, members: list[MemberId], detail: str, *, is_leaver: bool = False) -> list[Effect]:
+    def _refuse(self, members: list[MemberId], detail: str) -> list[Effect]:
         out: list[Effect] = []
         for member in members:
-            if not is_leaver:
-                out.append(of_member(EventKind.MEMBER_EVICTED, member, evidence=detail))
+            out.append(of_member(EventKind.MEMBER_EVICTED, member, evidence=detail))
             out += self.tell_evicted(member, detail)
         return out
 
@@ -307,7 +306,9 @@ class Reconfigurer:
             state.leaving.pop(member, None)
             state.suspects.pop(member, None)
             state.departed.pop(member, None)
-        out += self._refuse(left, "it left: the others went on without it as proposed", is_leaver=True)
+            state.evict(member)
+            refusal = Refused(RefusalCode.DRAINED, "the others went on without it, as was asked", member)
+            out += self._roster.send(refusal, [member])
         fields: dict[str, object] = {"quorum": str(quorum_id), "members": len(state.current.members)}
         fields["joined"] = ",".join(str(m) for m in state.current.member_ids if not old.is_member(m)) or "none"
         fields["left"] = ",".join(map(str, left)) or "none"

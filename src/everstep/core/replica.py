@@ -279,6 +279,9 @@ class Replica(ReplicaState):
         if message.code is RefusalCode.STUCK and message.member == self.member:
             self.refusal = message
             return [Log("refused", {"code": message.code.value, "detail": message.detail}), Exit(message.detail)]
+        if message.code is RefusalCode.DRAINED and message.member == self.member:
+            self.has_left = True
+            return []
         if message.code is not RefusalCode.EVICTED:
             if message.code is not RefusalCode.STRANGER or self.lineage is None:
                 self.refusal = message

@@ -162,7 +162,7 @@ class Report(msgspec.Struct, frozen=True, array_like=True):
 
 
 class RefusalCode(str, enum.Enum):
-    """Why the lighthouse turns somebody away; EVICTED, BUSY and STRANGER let the same process go on."""
+    """Why the lighthouse turns somebody away. EVICTED, BUSY and STRANGER let the same process go on."""
 
     EVICTED = "evicted"  # a grant left it out; it goes on under a new incarnation, without state
     REPLICA_ID_TAKEN = "replica-id-taken"  # by another live process
@@ -171,6 +171,7 @@ class RefusalCode(str, enum.Enum):
     BAD_VERSION = "bad-version"  # another PROTOCOL_VERSION, or no client of ours
     BAD_TOKEN = "bad-token"  # wrong or missing, on either side
     BAD_CONFIG = "bad-config"  # settings that contradict each other; a journal that cannot be used
+    DRAINED = "drained"  # the others went on without it, as it or the operator asked
     STUCK = "stuck"  # its training thread stood still while the others waited; the process ends
     BUSY = "busy"  # no room for another job, or it is just starting anew; try again
     JOB_ENDED = "job-ended"  # every member left while it was joining

@@ -38,12 +38,12 @@ class Feed:
     def append(self, event: JobEvent) -> None:
         assert self.log is not None
         self.log.append(event, time.time())
-        self._wake()
+        self.wake()
 
-    def begin(self, job_id: str) -> None:
+    def begin(self, job_id: str, kept_max: int) -> None:
         """A new life: whoever read the one before is told to start from the state as it is."""
-        self.log = EventLog(job_id, secrets.token_hex(4))
-        self._wake()
+        self.log = EventLog(job_id, secrets.token_hex(4), kept_max)
+        self.wake()
 
     async def changed(self, timeout_s: float) -> bool:
         waiting: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -53,7 +53,7 @@ class Feed:
             self._waiting.remove(waiting)
         return bool(done)
 
-    def _wake(self) -> None:
+    def wake(self) -> None:
         waiting, self._waiting = self._waiting, []
         for future in waiting:
             if not future.done():
@@ -63,15 +63,17 @@ class Feed:
 class EventStreams:
     """All jobs' feeds. On the server's loop. `snapshot` gives a job's status, or None for a job that is not served."""
 
-    def __init__(self, snapshot: Snapshot) -> None:
+    def __init__(self, snapshot: Snapshot, kept_max: int) -> None:
         self._snapshot = snapshot
+        self._kept_max = kept_max
         self._feeds: dict[str, Feed] = {}
         self._readers = 0
+        self._is_closed = False
 
     def begin(self, job_id: str) -> Callable[[JobEvent], None]:
         """A job (re)starts; call what is returned with each of its events."""
         feed = self._feeds.setdefault(job_id, Feed())
-        feed.begin(job_id)
+        feed.begin(job_id, self._kept_max)
         return feed.append
 
     def forget(self, job_id: str) -> None:
@@ -79,6 +81,12 @@ class EventStreams:
         feed = self._feeds.get(job_id)
         if feed is not None and not feed.readers:
             del self._feeds[job_id]
+
+    def close(self) -> None:
+        """Every stream ends."""
+        self._is_closed = True
+        for feed in self._feeds.values():
+            feed.wake()
 
     async def handle(self, request: web.Request) -> web.StreamResponse:
         job_id = request.query.get("job", "default")
@@ -112,7 +120,7 @@ class EventStreams:
     async def _stream(self, feed: Feed, job_id: str, response: web.StreamResponse, cursor: str, follow: bool) -> None:
         await _write(response, b": everstep events\n\n")
         why = "the log does not reach back so far" if cursor else "subscribed"
-        while True:
+        while not self._is_closed:
             log = feed.log
             if log is not None:
                 cursor = log.oldest_cursor if cursor == "oldest" else cursor

@@ -36,7 +36,7 @@ class Jobs:
         self._job_of: dict[int, Job] = {}
         self._memory: dict[str, JournalRecord] = {}  # without a state directory: the last records of crashed jobs
         self._burials: dict[str, asyncio.Task[None]] = {}
-        self.streams = EventStreams(self._status_of)
+        self.streams = EventStreams(self._status_of, settings.events_kept_max)
         self._executor = concurrent.futures.ThreadPoolExecutor(WRITERS, "everstep-journal")
 
     def attach(self, server: LinkServer) -> None:
@@ -44,6 +44,7 @@ class Jobs:
 
     async def close(self) -> None:
         """No machine hears or says anything any more."""
+        self.streams.close()
         jobs = list(self._jobs.values())
         self._jobs.clear()
         self._job_of.clear()

@@ -27,7 +27,7 @@ class LighthouseNode:
         self._links: dict[int, Process] = {}
         self._tick_at: float | None = None
         self.logs: list[Log] = []
-        self.events = EventLog("sim", "sim")
+        self.events = EventLog("sim", "sim", 1000)
 
     @property
     def is_up(self) -> bool:
