@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from everstep.errors import LighthouseRefused as LighthouseRefused
     from everstep.errors import LighthouseUnreachable as LighthouseUnreachable
     from everstep.lighthouse.app import Lighthouse as Lighthouse
+    from everstep.logs import configure_logging as configure_logging
     from everstep.subscribe import subscribe_events as subscribe_events
     from everstep.subscribe import subscribe_failures as subscribe_failures
     from everstep.train.ddp import DistributedDataParallel as DistributedDataParallel
@@ -37,6 +38,7 @@ _HOMES = {
     "StepResult": "everstep.train.manager",
     "Optimizer": "everstep.train.optimizer",
     "DistributedSampler": "everstep.train.sampler",
+    "configure_logging": "everstep.logs",
     "subscribe_events": "everstep.subscribe",
     "subscribe_failures": "everstep.subscribe",
 }

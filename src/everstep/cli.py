@@ -1,5 +1,6 @@
 """The `everstep` command. Each command imports what it runs only when it runs, so that `--help` answers at once."""
 
+import enum
 import os
 import sys
 from pathlib import Path
@@ -10,8 +11,17 @@ import typer
 from everstep import __version__
 from everstep.config import LIGHTHOUSE_PORT, LighthouseSettings, job_token
 from everstep.errors import ConfigError, LighthouseRefused, LighthouseUnreachable
+from everstep.logs import configure_logging
 
 EXIT_CONFIG = 90  # an argument, a variable or the machine's set-up is wrong; starting again would not help
+
+
+class LogFormatOption(str, enum.Enum):
+    """typer takes no Literal before 0.19."""
+
+    TEXT = "text"
+    JSON = "json"
+
 
 app = typer.Typer(
     name="everstep",
@@ -65,6 +75,7 @@ def lighthouse(
     tls_cert: Annotated[Path | None, typer.Option(help="PEM file of the certificate.")] = None,
     tls_key: Annotated[Path | None, typer.Option(help="PEM file of its key.")] = None,
     job: Annotated[list[str] | None, typer.Option(help="Serve only this job; may be repeated.")] = None,
+    log_format: Annotated[LogFormatOption, typer.Option(help="Of the log, on stderr.")] = LogFormatOption.TEXT,
 ) -> None:
     """Serve the links of training jobs; SIGTERM or SIGINT ends it."""
     settings = LighthouseSettings(
@@ -80,11 +91,9 @@ def lighthouse(
         tls_key=tls_key,
         jobs=tuple(job or ()),
     )
-    import logging
-
     from everstep.lighthouse.app import Lighthouse, serve
 
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    configure_logging(log_format.value)
 
     def announce(ready: Lighthouse) -> None:
         typer.echo(f"everstep lighthouse listening on {ready.address}")

@@ -1,5 +1,6 @@
 """`everstep lighthouse` as operators run it: a real process."""
 
+import json
 import os
 import signal
 import socket
@@ -10,7 +11,8 @@ import pytest
 
 from everstep import __version__
 from everstep.cli import EXIT_CONFIG
-from tests.link.parties import TOKEN, Party
+from everstep.core.messages import Switch
+from tests.link.parties import TOKEN, Member, Party
 from tests.support import proc
 from tests.support.processes import Spawner
 from tests.support.waiting import wait_until
@@ -102,3 +104,32 @@ def test_a_forked_child_does_not_keep_a_dead_lighthouses_port_and_links(spawn: S
             pass
     os.kill(int(child), signal.SIGKILL)
     wait_until(lambda: not proc.of_session(process.pid), what="the child has ended")
+
+
+def test_events_and_drain_show_and_ask_what_a_job_does(spawn: Spawner) -> None:
+    server = spawn(["-m", "everstep.cli", "lighthouse", "--port", "0", "--log-format", "json"], env=CLEAN)
+    address = server.expect_line("listening on").rpartition(" ")[2]
+    where = ["--lighthouse", address, "--job", "job"]
+    with Member(f"http://{address}", "a", expected_replicas=2) as a:
+        a.events.expect("message")
+        reader = spawn(["-m", "everstep.cli", "events", "--follow", *where], env=CLEAN)
+        assert reader.expect_line("member-waiting").endswith("group a (incarnation 1)")
+        with Member(f"http://{address}", "b", expected_replicas=2) as b:
+            assert "2 members: a#1, b#2" in reader.expect_line("job-founded")
+            b.events.expect("message", lambda seen: isinstance(seen.value, Switch))
+            asking = spawn(["-m", "everstep.cli", "drain", "b", *where], env=CLEAN)
+            assert asking.expect_line("group b leaves at a step boundary")
+            assert reader.expect_line("drain-asked").endswith("quorum 1.1")
+            reader.kill(signal.SIGINT)
+            assert reader.wait() == 0
+            unknown = spawn(["-m", "everstep.cli", "drain", "c", *where], env=CLEAN)
+            assert unknown.wait() == EXIT_CONFIG
+            assert "no group 'c' in the quorum of job 'job'; its groups: a, b" in unknown.stderr_path.read_text()
+    server.kill(signal.SIGTERM)
+    assert server.wait() == 0
+    lines = [json.loads(line) for line in server.stderr_path.read_text().splitlines()]
+    assert {"event": "drain asked", "job_id": "job", "member": "b#2"}.items() <= lines_of(lines, "drain asked").items()
+
+
+def lines_of(lines: list[dict[str, object]], event: str) -> dict[str, object]:
+    return next(line for line in lines if line.get("event") == event)

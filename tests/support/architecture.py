@@ -13,14 +13,16 @@ from tests.support.source_tree import PACKAGE, Source
 FILE_LINES_MAX = 400
 FUNCTION_LINES_MAX = 70
 
-SHELLS_ALL = frozenset({"errors", "fork_guard"})
+SHELLS_ALL = frozenset({"errors", "fork_guard", "torch_version"})
 # Which folders (and modules at the top) of the package may import which. None: anything.
 MAY_IMPORT: dict[str, frozenset[str] | None] = {
     "core": frozenset({"core"}),
     "sim": frozenset({"sim", "core"}),
     "errors": frozenset({"core"}),
     "fork_guard": frozenset(),
+    "torch_version": frozenset({"errors"}),
     "config": frozenset({"core", "errors"}),
+    "logs": frozenset({"core", "errors"}),
     "subscribe": SHELLS_ALL | {"link", "core", "config"},
     "link": SHELLS_ALL | {"link", "core"},
     "lighthouse": SHELLS_ALL | {"lighthouse", "link", "core", "config"},
@@ -28,7 +30,7 @@ MAY_IMPORT: dict[str, frozenset[str] | None] = {
     "monitor": SHELLS_ALL | {"monitor", "core"},
     "collectives": SHELLS_ALL | {"collectives", "core"},
     "recovery": SHELLS_ALL | {"recovery", "core"},
-    "train": SHELLS_ALL | {"train", "collectives", "recovery", "monitor", "link", "core", "config"},
+    "train": SHELLS_ALL | {"train", "collectives", "recovery", "monitor", "link", "core", "config", "logs"},
     "demo": None,
     "integrations": SHELLS_ALL | {"integrations", "train", "link", "core", "config"},
     "cli": None,

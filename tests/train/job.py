@@ -109,7 +109,7 @@ class Job:
             case "step":
                 running.steps.append(report)
             case "log":
-                running.logs.append(report["text"])
+                running.logs.append(report["text"].partition("] ")[2])
             case "holding":
                 running.is_holding = True
             case "error":

@@ -217,7 +217,8 @@ class Job:
             return
         self._said[event] = (fields, now)
         words = "".join(f" {key}={_plain(value)}" for key, value in fields.items())
-        log.log(level, "%s job=%s%s", event, _plain(self.job_id), words)
+        extra = {"everstep": {"event": event, "job_id": self.job_id, **fields}}
+        log.log(level, "%s job=%s%s", event, _plain(self.job_id), words, extra=extra)
 
 
 def _plain(value: object) -> str:

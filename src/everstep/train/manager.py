@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import logging
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -21,8 +20,6 @@ from everstep.train.header import Contribution
 from everstep.train.presence import Presence, new_nonce
 from everstep.train.recovering import LiveState, Recovery, Stateful
 from everstep.train.stepper import Decision, Stepper
-
-log = logging.getLogger("everstep")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -292,7 +289,7 @@ class Manager:
         if decision.committed:
             self._batches_committed += decision.participants
         else:
-            log.warning("step %d not committed: %s", decision.step + 1, decision.why)
+            self._here().log.warning("step %d not committed: %s", decision.step + 1, decision.why)
         for reducer in self._reducers:
             reducer.step_decided(decision.committed)
         if self._samples is not None:

@@ -31,11 +31,10 @@ from everstep.link.auth import Credentials
 from everstep.link.client import LinkClient
 from everstep.link.dial import LinkTarget
 from everstep.link.driver import Driver
+from everstep.logs import JobLog
 from everstep.recovery import Fetch, RecoveryServer, ServerOptions, TransferAuth
 
 EXIT_STUCK = 91
-
-log = logging.getLogger("everstep")
 
 
 class Presence:
@@ -44,6 +43,7 @@ class Presence:
     def __init__(self, settings: ManagerSettings, replica: ReplicaConfig, host: str | None) -> None:
         self._settings = settings
         self._config = replica
+        self.log = JobLog(logging.getLogger("everstep"), self._where)
         self._host = host
         self.auth = TransferAuth(settings.token) if settings.token is not None else None
         self.changed = threading.Condition(threading.RLock())
@@ -165,9 +165,14 @@ class Presence:
         self.changed.notify_all()
 
     def _log(self, event: str, fields: dict[str, object]) -> None:
-        if log.isEnabledFor(logging.INFO):
+        if self.log.isEnabledFor(logging.INFO):
             text = " ".join(f"{name}={value}" for name, value in fields.items())
-            log.info("%s %s member=%s", event, text, self.replica.member)
+            extra = {"everstep": {"event": event, **fields, "member": str(self.replica.member)}}
+            self.log.info("%s %s member=%s", event, text, self.replica.member, extra=extra)
+
+    def _where(self) -> tuple[str, str, int, int]:
+        step = self._replica.step if self._replica is not None else 0
+        return self._settings.job_id, self._config.replica_id, 0, max(step, 0)
 
     @contextlib.contextmanager
     def fetching(self, fetch: Fetch) -> Iterator[Fetch]:

@@ -1,6 +1,5 @@
 """Live state of this member: what is registered, how it is offered to joiners, and how a joiner takes it over."""
 
-import logging
 import math
 import time
 from collections.abc import Callable, Mapping
@@ -12,8 +11,6 @@ from everstep.core.types import Lineage, Quorum, QuorumId
 from everstep.errors import ConfigError, RecoveryFailed, RemoteProtocolError
 from everstep.recovery import Fetch, FetchRequest, Snapshot
 from everstep.train.presence import Presence
-
-log = logging.getLogger("everstep")
 
 
 class Stateful(Protocol):
@@ -76,7 +73,7 @@ class Recovery:
         assert self._presence.server is not None
         self._presence.server.offer(self._offered, snapshot)
         names = ",".join(str(quorum.members[receiver].id) for receiver in receivers)
-        log.info(
+        self._presence.log.info(
             "offering step=%d to=%s bytes=%d snapshot_ms=%.1f",
             plan.lineage.step,
             names,
@@ -109,7 +106,7 @@ class Recovery:
             raise RecoveryFailed(f"{source.recovery} sent what no source sends: {error}") from error
         fetched_at = time.monotonic()
         self._state.load(state)
-        log.info(
+        self._presence.log.info(
             "recovered step=%d from=%s fetch_ms=%.1f apply_ms=%.1f",
             move.lineage.step,
             source.id,

@@ -5,7 +5,6 @@ how to go on, and nothing that was computed is computed again.
 """
 
 import dataclasses
-import logging
 import time
 from collections.abc import Callable
 
@@ -43,7 +42,6 @@ SAY_WAITING_AFTER_S = 1.0
 CLAIM_BYTES = 512
 FETCH_AGAIN_S = (0.05, 2.0)
 
-log = logging.getLogger("everstep")
 _encode = msgspec.msgpack.Encoder().encode
 _claims = msgspec.msgpack.Decoder(Claim)
 
@@ -206,7 +204,7 @@ class Stepper:
             since, self._said = now, ""
         elif now - since >= SAY_WAITING_AFTER_S and move.why != self._said:
             self._said = move.why
-            log.warning("waiting for %s", move.why)
+            self._presence.log.warning("waiting for %s", move.why)
         self._presence.changed.wait(WAIT_SLICE_S)
         return since
 
@@ -253,7 +251,7 @@ class Stepper:
         except StepInterrupted:
             return  # frozen: the machine has left this quorum already
         except RecoveryFailed as error:
-            log.warning("recovery failed: %s; trying again in %.2f s", error, self._fetch_again_s)
+            self._presence.log.warning("recovery failed: %s; trying again in %.2f s", error, self._fetch_again_s)
             self._presence.feed(CollectiveFailed(quorum_id, move.source, f"recovery: {_first_line(error)}"))
             with self._presence.changed:
                 self._presence.changed.wait(self._fetch_again_s)
