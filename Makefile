@@ -9,8 +9,12 @@ PY := $(VENV)/bin/python
 # Written last, so a venv without it is half-made. Holds the checkout's path: a venv does not survive being moved.
 STAMP := $(VENV)/.installed
 SOAK_SEEDS ?= 0:20000
+# `make compat COMPAT_PYTHONS=3.13 COMPAT_TORCH=2.6.0` runs one corner; without COMPAT_TORCH constraints.txt says which.
+COMPAT_PYTHONS ?= 3.10 3.11 3.12 3.13
+COMPAT_TORCH ?=
+COMPAT_TESTS ?=
 
-.PHONY: help venv demo test lint soak bench docs clean distclean FORCE
+.PHONY: help venv demo test lint soak bench docs compat clean distclean FORCE
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -59,6 +63,28 @@ soak: $(STAMP) ## the long versions: soak tests, then the simulator over SOAK_SE
 	$(PY) -m pytest -m soak --hypothesis-profile=soak -o faulthandler_timeout=0
 	$(PY) -m everstep.sim --seeds $(SOAK_SEEDS)
 
+# Each gets a venv in .compat. Where torch has no CPU build for one, that is several GB of CUDA wheels.
+compat: ## the tests on each of COMPAT_PYTHONS that is installed (pythonX.Y, or under pyenv)
+	@ran=; failed=; \
+	for version in $(COMPAT_PYTHONS); do \
+	  python=; \
+	  for candidate in python$$version "$${PYENV_ROOT:-$$HOME/.pyenv}"/versions/$$version.*/bin/python; do \
+	    if "$$candidate" -c 'import venv, ensurepip' >/dev/null 2>&1; then python=$$candidate; break; fi; \
+	  done; \
+	  if [ -z "$$python" ]; then echo "== Python $$version is not installed: skipped"; continue; fi; \
+	  venv=.compat/$$version$(addprefix -torch,$(COMPAT_TORCH)); \
+	  mkdir -p .compat; \
+	  sed '$(addprefix s/^torch==.*/torch==,$(addsuffix /,$(COMPAT_TORCH)))' constraints.txt >$$venv.constraints; \
+	  [ -x $$venv/bin/python ] || "$$python" -m venv $$venv; \
+	  $$venv/bin/python -m pip install --quiet --disable-pip-version-check -c $$venv.constraints -e '.[dev]'; \
+	  echo "== $$($$venv/bin/python --version), torch $$($$venv/bin/python -c 'import torch; print(torch.__version__)')"; \
+	  ran="$$ran $$version"; \
+	  $$venv/bin/python -m pytest $(COMPAT_TESTS) || failed="$$failed $$version"; \
+	done; \
+	if [ -z "$$ran" ]; then echo "error: none of Python $(COMPAT_PYTHONS) is installed" >&2; exit 1; fi; \
+	if [ -n "$$failed" ]; then echo "error: the tests failed on Python$$failed" >&2; exit 1; fi; \
+	echo "== the tests pass on Python$$ran"
+
 bench: $(STAMP) ## run every bench/bench_*.py
 	@shopt -s nullglob; \
 	for script in bench/bench_*.py; do echo "== $$script"; $(PY) "$$script"; done
@@ -70,5 +96,5 @@ clean: ## remove caches and build output, keep .venv
 	rm -rf build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	find src tests examples bench docs -name __pycache__ -type d -prune -exec rm -rf {} +
 
-distclean: clean ## clean, and remove .venv
-	rm -rf $(VENV)
+distclean: clean ## clean, and remove .venv and .compat
+	rm -rf $(VENV) .compat
