@@ -170,7 +170,7 @@ def job_token(
     text = env.get("EVERSTEP_TOKEN", "").strip()
     if not text:
         return None
-    found = text.encode()
+    found = os.fsencode(text)  # the very bytes that were set, UTF-8 or not
     check_token("EVERSTEP_TOKEN", found)
     return found
 

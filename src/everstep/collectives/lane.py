@@ -211,10 +211,12 @@ class Lane:
 
     def _dial(self, wires: Wires, round_: int, address: bytes, deadline: float) -> socket.socket:
         secret, port = address[:_SECRET_BYTES], int.from_bytes(address[_SECRET_BYTES : _SECRET_BYTES + 2], "little")
-        host = address[_SECRET_BYTES + 2 :].rstrip(b"\0").decode()
+        host = address[_SECRET_BYTES + 2 :].partition(b"\0")[0].decode(errors="replace")
         peer = wires.rank_ahead(round_)
         sock = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM)
         try:
+            if not host.isascii():
+                raise OSError("that is no address")
             sock.setblocking(False)
             sock.connect_ex((host, port))
             poll = select.poll()

@@ -213,7 +213,7 @@ class _Server:
                 self._take_requests(member)
         except BlockingIOError:
             return
-        except (OSError, msgspec.MsgspecError, _Illegal):
+        except (OSError, msgspec.DecodeError, UnicodeDecodeError, RecursionError, _Illegal):
             self._dismiss(member)
 
     def _take_requests(self, member: _Member) -> None:

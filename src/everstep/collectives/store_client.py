@@ -97,7 +97,7 @@ class StoreClient:
             raise PeerLost("the store sent something that is too long")
         try:
             return _decoder.decode(self._read(length, deadline))
-        except msgspec.MsgspecError as error:
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
             raise PeerLost(f"the store sent something illegible: {error}") from None
 
     def _read(self, count: int, deadline: float) -> bytes:

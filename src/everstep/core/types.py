@@ -180,7 +180,7 @@ class RefusalCode(str, enum.Enum):
 def natural_key(text: str) -> tuple[tuple[int, int, str], ...]:
     """Sort key that orders `node2` before `node10`."""
     parts = _NATURAL.split(text)
-    return tuple((0, int(p), "") if p.isdigit() else (1, 0, p) for p in parts if p)
+    return tuple((0, int(p), "") if p.isdecimal() else (1, 0, p) for p in parts if p)
 
 
 def in_rank_order(members: Iterable[Member]) -> tuple[Member, ...]:

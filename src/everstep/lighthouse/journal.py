@@ -103,7 +103,7 @@ class Journal:
             return None
         try:
             record = _decoder.decode(payload)
-        except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
             raise self._damaged(end, f"undecodable record: {error}") from error
         if self._job_id is not None and record.job_id != self._job_id:
             raise _misplaced(self._path, record.job_id)

@@ -13,7 +13,7 @@ from typing import Protocol, runtime_checkable
 import torch
 
 from everstep.collectives.process_group import ReconfigurableProcessGroup, ReduceOp, Work
-from everstep.core.types import MemberId, Quorum
+from everstep.core.types import MemberId, Quorum, RemoteProtocolError
 
 LIMB_BITS = 21  # exact in float32, whose integers reach 2**24
 _LIMBS = 3
@@ -67,7 +67,7 @@ class StepHeader:
         room[rank * ROW_NUMBERS : (rank + 1) * ROW_NUMBERS] = torch.tensor(self._own, dtype=room.dtype)
 
     def read(self, room: torch.Tensor) -> None:
-        self._take([int(number) for number in room.tolist()])
+        self._take(room.tolist())
 
     # ---- as a reduction of its own
 
@@ -85,7 +85,10 @@ class StepHeader:
         """Over all rows, and how many reductions the step has: members that issued more or fewer hold other results."""
         return hashlib.blake2b(self._content + reductions.to_bytes(8, "little"), digest_size=16).digest()
 
-    def _take(self, numbers: Sequence[int]) -> None:
+    def _take(self, found: Sequence[float]) -> None:
+        if not all(0 <= number <= _LIMB_MASK for number in found):  # nan is not
+            raise RemoteProtocolError("the step header's sum holds numbers that no member writes")
+        numbers = list(map(int, found))
         self.contributions = {}
         for rank, member in enumerate(self._members):
             row = numbers[rank * ROW_NUMBERS : (rank + 1) * ROW_NUMBERS]
