@@ -13,9 +13,11 @@ if TYPE_CHECKING:
     from everstep.core.events import JobEvent as JobEvent
     from everstep.errors import ConfigError as ConfigError
     from everstep.errors import EverstepError as EverstepError
+    from everstep.errors import GroupDrained as GroupDrained
     from everstep.errors import LighthouseRefused as LighthouseRefused
     from everstep.errors import LighthouseUnreachable as LighthouseUnreachable
     from everstep.lighthouse.app import Lighthouse as Lighthouse
+    from everstep.link.events import Subscription as Subscription
     from everstep.logs import configure_logging as configure_logging
     from everstep.subscribe import subscribe_events as subscribe_events
     from everstep.subscribe import subscribe_failures as subscribe_failures
@@ -31,6 +33,7 @@ _HOMES = {
     "LighthouseRefused": "everstep.errors",
     "LighthouseUnreachable": "everstep.errors",
     "EventKind": "everstep.core.events",
+    "GroupDrained": "everstep.errors",
     "JobEvent": "everstep.core.events",
     "Lighthouse": "everstep.lighthouse.app",
     "DistributedDataParallel": "everstep.train.ddp",
@@ -38,6 +41,7 @@ _HOMES = {
     "StepResult": "everstep.train.manager",
     "Optimizer": "everstep.train.optimizer",
     "DistributedSampler": "everstep.train.sampler",
+    "Subscription": "everstep.link.events",
     "configure_logging": "everstep.logs",
     "subscribe_events": "everstep.subscribe",
     "subscribe_failures": "everstep.subscribe",

@@ -12,6 +12,7 @@ A Notice freezes it wherever it is; the round's Grant says how the step goes on,
 phase are in transitions.py.
 """
 
+from everstep.core.events import NAMES_MAX
 from everstep.core.messages import (
     Adopted,
     Drain,
@@ -309,7 +310,11 @@ class Replica(ReplicaState):
             return []
         self.plan = self._plan(event.claims)
         self.is_settled = self.lineage is not None
-        return [Log("settled", {"quorum": str(self.quorum.id), "rank": self.rank, "step": self.plan.lineage.step})]
+        fields: dict[str, object] = {"quorum": str(self.quorum.id), "rank": self.rank, "step": self.plan.lineage.step}
+        fields["members"] = ",".join(str(m) for m in self.quorum.member_ids[:NAMES_MAX])
+        if self.lineage is None and self.rank is not None:
+            fields["state_from"] = str(self.quorum.member_ids[self.plan.source_of[self.rank]])
+        return [Log("settled", fields)]
 
     def _state_recovered(self, quorum_id: QuorumId) -> list[Effect]:
         if self.quorum is None or quorum_id != self.quorum.id or self.lineage is not None or self.plan is None:
