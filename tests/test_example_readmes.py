@@ -31,7 +31,7 @@ class Shell:
         self.path = out
         path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
         environ = os.environ | {
-            "PATH": f"{bin_dir}:{os.environ['PATH']}",
+            "PATH": path,
             "EVERSTEP_JOB_ID": job,
             "PYTHONUNBUFFERED": "1",
         }
@@ -74,7 +74,7 @@ def outputs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, list
         try:
             for how, proactive in (("leave", "1"), ("die", "1"), ("die", "0"), ("stop", "1"), ("stop", "0")):
                 job = f"{how}-{proactive}"
-                blocks = (first, second.replace("--fail leave", f"--fail {how}"))
+                blocks = [first, second.replace("--fail leave", f"--fail {how}")]
                 shells[job] = [
                     Shell(block, running.address, job, path / f"{job}-{i}", EVERSTEP_PROACTIVE_RECOVERY=proactive)
                     for i, block in enumerate(blocks)
