@@ -59,7 +59,7 @@ class Job:
         self._settings = LighthouseSettings(port=0, **lighthouse)
         self._stack = contextlib.ExitStack()
         self.running: dict[int, Running] = {}
-        self._all: list[Running] = []
+        self.all: list[Running] = []
         self.address = ""
 
     def __enter__(self) -> "Job":
@@ -68,7 +68,7 @@ class Job:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for running in self._all:
+        for running in self.all:
             if running.process.is_alive():
                 running.process.kill()
             running.process.join(10)
@@ -82,7 +82,7 @@ class Job:
         process.start()
         theirs.close()
         running = self.running[group] = Running(made, process, ours)
-        self._all.append(running)
+        self.all.append(running)
         return running
 
     def start_all(self, plans: dict[int, dict[str, Any]] | None = None) -> None:
@@ -93,7 +93,7 @@ class Job:
         deadline = time.monotonic() + deadline_s
         while not is_reached():
             left = deadline - time.monotonic()
-            open_pipes = {r.pipe: r for r in self._all if not r.has_ended}
+            open_pipes = {r.pipe: r for r in self.all if not r.has_ended}
             if left <= 0 or not open_pipes:
                 raise AssertionError(f"{what}: not within {deadline_s:g} s\n{self.describe()}")
             for pipe in wait(list(open_pipes), left):
@@ -142,7 +142,7 @@ class Job:
 
     def describe(self) -> str:
         lines = []
-        for r in self._all:
+        for r in self.all:
             state = f"exit {r.process.exitcode}" if r.has_ended else "runs"
             lines.append(f"group {r.plan.group} {state} step {r.step} " + " | ".join(r.logs[-6:]))
         return "\n".join(lines)

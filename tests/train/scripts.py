@@ -37,6 +37,7 @@ class Plan:
     seed: int = 0
     at_step: int = 0
     die_in: str = ""  # forward, backward, reduction, before_step, vote, voted, optimizer, updated
+    at_configure: int = 0  # die instead in its nth group: rebuild (before it is built), rebuilt, offer, rereduce
     object_at_step: int = 0  # report_error in this one
     hold_at_step: int = 0  # in before_step, until the test says go
     lose_vote_at_step: int = 0  # the result of this vote never reaches the training thread
@@ -65,17 +66,26 @@ class FaultyGroup(ReconfigurableProcessGroup):
     def __init__(self, inner: ReconfigurableProcessGroup, worker: "Worker") -> None:
         self._inner = inner
         self._worker = worker
+        self._configured = 0
         self.aborted = threading.Event()
 
     def configure(self, membership: Membership) -> None:
         self.aborted.clear()
+        self._configured += 1
+        self._strike("rebuild")
         self._inner.configure(membership)
+        self._strike("rebuilt")
+
+    def _strike(self, point: str) -> None:
+        if self._worker.plan.die_in == point and self._configured == self._worker.plan.at_configure:
+            die()
 
     def abort(self, up_to: QuorumId) -> None:
         self._inner.abort(up_to)
         self.aborted.set()
 
     def release_previous(self) -> None:
+        self._strike("offer")
         self._inner.release_previous()
 
     def allreduce(self, tensor: torch.Tensor, op: ReduceOp = ReduceOp.SUM) -> Work:
@@ -84,6 +94,8 @@ class FaultyGroup(ReconfigurableProcessGroup):
         if is_vote:
             worker.strike("vote")
         work = self._inner.allreduce(tensor, op)
+        if not is_vote:
+            self._strike("rereduce")
         lost_at = worker.plan.lose_vote_at_step if is_vote else worker.plan.lose_reduction_at_step
         if worker.step == lost_at and not worker.has_lost:
             worker.has_lost = True

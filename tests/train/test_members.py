@@ -16,7 +16,7 @@ def test_each_sample_counts_once_an_epoch_while_a_group_comes_and_another_dies()
         members = [job.running[0], job.running[2], returned]
         last = max(member.step for member in members) + 90
         job.until_steps(members, last)
-        everyone = list(job._all)
+        everyone = list(job.all)
         job.stop()
         assert_same_bits(everyone)
     counted: Counter[int] = Counter()
