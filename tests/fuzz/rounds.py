@@ -36,9 +36,10 @@ class Fuzz:
         if self._cases is not None:
             _settled(self._cases)(holds)()
         else:
+            settled = _settled(CASES_A_SEED, is_soak=True)(holds)
             end_at, number = time.monotonic() + SOAK_S / len(_targets), 0
             while number == 0 or time.monotonic() < end_at:
-                hypothesis.seed(number)(_settled(CASES_A_SEED, is_soak=True)(holds))()
+                hypothesis.seed(number)(settled)()
                 number += 1
         grown = _memory("VmHWM") - before
         assert grown < GROWTH_BYTES_MAX, f"memory grew by {grown >> 20} MiB at its peak"
