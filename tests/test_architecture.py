@@ -27,6 +27,7 @@ SRC_RULES: list[Rule] = [
     rules.dependencies_are_declared,
     rules.modules_have_docstrings,
     rules.broad_excepts_say_why,
+    rules.wall_clocks_are_for_people,
 ]
 EVERYWHERE_RULES: list[Rule] = [rules.files_are_short, rules.functions_are_short, rules.names_say_what_is_inside]
 TESTS_RULES: list[Rule] = [rules.tests_do_not_sleep, rules.tests_do_not_mock]
@@ -123,6 +124,8 @@ CAUGHT: list[tuple[Rule, str, str]] = [
     (rules.names_say_what_is_inside, "train/utils.py", ""),
     (rules.names_say_what_is_inside, "common/a.py", ""),
     (rules.names_say_what_is_inside, "train/_helpers.py", ""),
+    (rules.wall_clocks_are_for_people, "link/a.py", "import time\ntime.time()"),
+    (rules.wall_clocks_are_for_people, "link/a.py", "import datetime\ndatetime.datetime.now()"),
     (rules.tests_do_not_sleep, "a.py", "import time\ntime.sleep(1)"),
     (rules.tests_do_not_sleep, "a.py", "from time import sleep as nap\nnap(1)"),
     (rules.tests_do_not_sleep, "a.py", "import asyncio\nasync def f():\n    await asyncio.sleep(0.1)"),
@@ -134,6 +137,7 @@ CAUGHT: list[tuple[Rule, str, str]] = [
 
 ALLOWED: list[tuple[Rule, str, str]] = [
     (rules.import_direction, "core/a.py", "from everstep.core import types\nfrom . import messages"),
+    (rules.wall_clocks_are_for_people, "link/a.py", "import time\ntime.monotonic()"),
     (rules.import_direction, "train/a.py", "from everstep.collectives import gloo\nfrom everstep.config import read"),
     (rules.import_direction, "link/a.py", "from everstep import __version__\nfrom everstep.fork_guard import guard"),
     (rules.import_direction, "launcher/a.py", "from everstep.lighthouse.app import Lighthouse"),

@@ -116,6 +116,9 @@ PICKLING_CALLS = frozenset(
 # Files that may read or write pickles, each with why. Empty, and better so.
 PICKLING_ALLOWED: dict[str, str] = {}
 
+WALL_CLOCKS = frozenset({"time.time", "time.time_ns", "datetime.datetime.now", "datetime.datetime.utcnow"})
+WALL_CLOCK_FILES = frozenset({f"src/{PACKAGE}/lighthouse/event_stream.py"})  # stamps events, for people
+
 VAGUE_NAMES = frozenset(["util", "utils", "common", "base", "helper", "helpers", "misc"])
 MOCK_MODULES = ("unittest.mock", "mock", "pytest_mock")
 
@@ -251,6 +254,15 @@ def broad_excepts_say_why(source: Source) -> Iterator[str]:
                 yield _at(
                     source, node.lineno, "broad except without a comment; name the errors, or say which boundary it is"
                 )
+
+
+def wall_clocks_are_for_people(source: Source) -> Iterator[str]:
+    """Hosts disagree about it and it jumps: whatever decides takes the monotonic clock."""
+    if not source.is_package_source or source.path in WALL_CLOCK_FILES:
+        return
+    for use in source.uses:
+        if use.name in WALL_CLOCKS:
+            yield _at(source, use.line, f"{use.name}; use time.monotonic(), or add the file to WALL_CLOCK_FILES")
 
 
 def tests_do_not_sleep(source: Source) -> Iterator[str]:
