@@ -216,7 +216,11 @@ class Worker:
             model = es.DistributedDataParallel(manager, net)
             optimizer = es.Optimizer(manager, inner, before_step=lambda: self._before_step())
             sampler = es.DistributedSampler(manager, dataset, batch_size=self.plan.batch_size)
-            loader = DataLoader(dataset, batch_sampler=sampler, num_workers=self.plan.workers)
+            # Forked, as a script's are on Linux: a child of a forkserver would start a forkserver of its own for them.
+            context = "fork" if self.plan.workers else None
+            loader = DataLoader(
+                dataset, batch_sampler=sampler, num_workers=self.plan.workers, multiprocessing_context=context
+            )
             net[0].register_forward_hook(lambda *_: self.strike("forward"))
             next(net.parameters()).register_hook(lambda _: self.strike("backward"))  # type: ignore[no-untyped-call]
             for epoch in range(1 << 30):
