@@ -321,7 +321,7 @@ class GlooGroup:
             self._raise_if_severed()
             raise PeerLost(f"quorum {me.quorum_id}: {error}", error.peer) from None
 
-    def learn_far_ends(self) -> None:
+    def after_build(self) -> None:
         """Off the critical path: which member is at the far end of a connection that we accepted.
 
         Its address there is a port that only that member knows; each tells the others through the store.

@@ -7,6 +7,8 @@
 - `ProcessGroupGloo._allgather_base`: gathers into one tensor, without a list of outputs.
 - `Store`, subclassed: Gloo asks it for where the other ranks listen. torch's own TCPStore looks names up in the DNS
   (see store.py); ours answers from a meeting of the members.
+- `ProcessGroupNCCL`, its `Options` with `config` and `_timeout`, `eager_connect_single_device`, `abort`: as for Gloo.
+  The key "0", under which rank 0 leaves the first communicator's id in its store and the other ranks look for it.
 - `Variable._execution_engine.queue_callback`: the only way to run code when `backward()` has computed everything but
   has not returned; torch's own FSDP uses it.
 """
@@ -29,7 +31,9 @@ from everstep.collectives.process_group import ReduceOp
 __all__ = [
     "GlooDevice",
     "Place",
+    "Store",
     "TorchGloo",
+    "TorchNccl",
     "TorchWork",
     "allreduce_options",
     "connect_gloo",
@@ -38,6 +42,9 @@ __all__ = [
     "gloo_device",
     "import_dynamo",
     "keep_beyond_exit",
+    "nccl_id_in",
+    "new_nccl",
+    "put_nccl_id",
     "queue_backward_callback",
     "version_of",
 ]
@@ -123,7 +130,48 @@ def connect_gloo(place: Place, device: GlooDevice, meet: Callable[[bytes], list[
     return cast(TorchGloo, gloo(_MeetingStore(meet), place.rank, place.size, options))
 
 
-def gather_into(group: TorchGloo, output: Tensor, tensor: Tensor) -> TorchWork:
+class TorchNccl(Protocol):
+    """What we call on torch's ProcessGroupNCCL; each call releases the GIL."""
+
+    def allreduce(self, tensors: list[Tensor], opts: object) -> TorchWork: ...
+
+    def _allgather_base(self, output: Tensor, source: Tensor) -> TorchWork: ...
+
+    def eager_connect_single_device(self, device: torch.device) -> None: ...
+
+    def abort(self) -> None: ...
+
+
+_NCCL_ID_KEY = "0"
+
+
+def new_nccl(rank: int, size: int, timeout_s: float) -> tuple[TorchNccl, Store]:
+    """A group that is connected to nobody yet, and the store that it alone uses.
+
+    `eager_connect_single_device` makes the id on rank 0 (see `nccl_id_in`), and needs it there on the others
+    (`put_nccl_id`).
+
+    Torch's HashStore, without a socket and without Python: torch's own threads come back to the store, at the end of
+    the interpreter, too.
+    """
+    options = _c10d.ProcessGroupNCCL.Options()
+    # Connecting returns at once, and can be aborted. A blocking one waits in NCCL for every peer, alive or not.
+    options.config.blocking = 0
+    # Ours ends first (nccl_work.py); torch's would find fault with operations, and leave aborting to others.
+    options._timeout = timedelta(seconds=2 * timeout_s)
+    store = _c10d.HashStore()
+    return cast(TorchNccl, _c10d.ProcessGroupNCCL(store, rank, size, options)), store
+
+
+def nccl_id_in(store: Store) -> bytes:
+    return bytes(store.get(_NCCL_ID_KEY))
+
+
+def put_nccl_id(store: Store, nccl_id: bytes) -> None:
+    store.set(_NCCL_ID_KEY, nccl_id)  # type: ignore[arg-type]  # the stub says str; bytes are taken as they are
+
+
+def gather_into(group: TorchGloo | TorchNccl, output: Tensor, tensor: Tensor) -> TorchWork:
     """`output` has one more dimension than `tensor`, in front: one slice a rank."""
     return group._allgather_base(output, tensor.unsqueeze(0))
 
@@ -135,7 +183,7 @@ def allreduce_options(op: ReduceOp) -> object:
     return options
 
 
-def keep_beyond_exit(group: TorchGloo) -> None:
+def keep_beyond_exit(group: TorchGloo | TorchNccl) -> None:
     """Let no end of the interpreter free it: that joins its threads, and would wait for a stuck one."""
     ctypes.pythonapi.Py_IncRef(ctypes.py_object(group))
 
