@@ -88,7 +88,10 @@ class Place:
 
 def gloo_device(host: str) -> GlooDevice:
     """Listens on `host`, any free port. Not lazy, whatever TORCH_GLOO_LAZY_INIT says: see `connect_gloo`."""
-    return cast(GlooDevice, torch.distributed.ProcessGroupGloo.create_device(hostname=host, lazy_init=False))
+    create = torch.distributed.ProcessGroupGloo.create_device
+    if "lazy_init" not in (create.__doc__ or ""):  # torch 2.6: there was no lazy device yet
+        return cast(GlooDevice, create(hostname=host))
+    return cast(GlooDevice, create(hostname=host, lazy_init=False))
 
 
 class _MeetingStore(Store):
