@@ -22,7 +22,7 @@ SOAK_S = float(os.environ.get("EVERSTEP_FUZZ_S", "600"))
 CASES_A_SEED = 400
 GROWTH_BYTES_MAX = 64 << 20  # of the peak, over where the target began; hypothesis's own notes are most of it
 
-_targets: list[str] = []
+_soaks = 1  # how many share SOAK_S
 
 
 class Fuzz:
@@ -37,7 +37,7 @@ class Fuzz:
             _settled(self._cases)(holds)()
         else:
             settled = _settled(CASES_A_SEED, is_soak=True)(holds)
-            end_at, number = time.monotonic() + SOAK_S / len(_targets), 0
+            end_at, number = time.monotonic() + SOAK_S / _soaks, 0
             while number == 0 or time.monotonic() < end_at:
                 hypothesis.seed(number)(settled)()
                 number += 1
@@ -45,9 +45,14 @@ class Fuzz:
         assert grown < GROWTH_BYTES_MAX, f"memory grew by {grown >> 20} MiB at its peak"
 
 
+def share_time(soaks: int) -> None:
+    """How many soaks were collected: each gets an equal part of SOAK_S."""
+    global _soaks
+    _soaks = max(1, soaks)
+
+
 def rounds(cases: int) -> pytest.MarkDecorator:
     """Parametrizes a test with `fuzz`: this many cases, and the soak."""
-    _targets.append("")
     soak = pytest.param(Fuzz(None), marks=pytest.mark.soak, id="soak")
     return pytest.mark.parametrize("fuzz", [pytest.param(Fuzz(cases), id=f"{cases}-cases"), soak])
 

@@ -29,6 +29,7 @@ from everstep import __version__, fork_guard
 from everstep.config import LighthouseSettings
 from everstep.core.messages import PROTOCOL_VERSION
 from everstep.errors import ConfigError
+from everstep.lighthouse.door import Door, look_after
 from everstep.lighthouse.jobs import Jobs
 from everstep.lighthouse.journal import StateDir
 from everstep.link import auth
@@ -52,6 +53,7 @@ class Lighthouse:
         self._jobs: Jobs | None = None
         self._server: LinkServer | None = None
         self._runner: web.AppRunner | None = None
+        self._door: Door | None = None
         self._unguard: Callable[[], None] | None = None
         self._address = ""
 
@@ -125,7 +127,7 @@ class Lighthouse:
         self._jobs = Jobs(self._settings, self._state_dir)
         self._server = LinkServer(self._jobs, self._settings.token)
         self._jobs.attach(self._server)
-        app = web.Application()
+        app = web.Application(middlewares=[look_after])
         app.router.add_get("/link", self._server.handle)
         app.router.add_get("/api/v1/status", self._status)
         app.router.add_get("/api/v1/events", self._events)
@@ -133,7 +135,8 @@ class Lighthouse:
         app.router.add_get("/healthz", _healthz)
         self._runner = web.AppRunner(app, access_log=None, shutdown_timeout=0.1)
         await self._runner.setup()
-        await web.SockSite(self._runner, listener, ssl_context=tls, backlog=BACKLOG).start()
+        self._door = Door(self._runner, listener, tls)
+        self._door.open()
         host, port = listener.getsockname()[:2]
         self._address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
         self._started_at = time.monotonic()
@@ -144,6 +147,8 @@ class Lighthouse:
             await self._jobs.close()
         if self._server is not None:
             self._server.close()
+        if self._door is not None:
+            self._door.close()
         if self._runner is not None:
             await self._runner.cleanup()
         if self._unguard is not None:

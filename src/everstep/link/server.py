@@ -22,7 +22,7 @@ from everstep.link import auth, codec
 from everstep.link.sockets import tune
 
 SEND_BYTES_MAX = 1 << 20
-HANDSHAKES_MAX = 256  # unauthenticated connections being served at once; the others wait their turn
+HANDSHAKES_MAX = 1024  # unauthenticated connections; one more, and the oldest is cut: who means it answers at once
 LINKS_MAX = 20_000
 CLOSE_GRACE_S = 0.5  # for the other side to take its last frames before the connection is cut
 
@@ -53,7 +53,7 @@ class LinkServer:
         self._links: dict[int, _Link] = {}
         self._connections: dict[_Link, None] = {}  # also those that are not authenticated yet, or closing
         self._numbers = itertools.count(1)
-        self._handshakes = asyncio.Semaphore(HANDSHAKES_MAX)
+        self._handshakes: dict[_Link, None] = {}  # those that are not authenticated yet
         self._unguard = fork_guard.guard(self._fds)
         self._is_closed = False
 
@@ -66,9 +66,16 @@ class LinkServer:
         websocket = web.WebSocketResponse(
             timeout=CLOSE_GRACE_S, compress=False, max_msg_size=codec.FRAME_BYTES_MAX, autoping=True
         )
-        if not websocket.can_prepare(request).ok:
+        try:
+            is_upgrade = websocket.can_prepare(request).ok
+        except ValueError:  # of a key that is not ASCII
+            is_upgrade = False
+        if not is_upgrade:
             raise web.HTTPUpgradeRequired(text="this address speaks WebSocket\n", headers={"Upgrade": "websocket"})
-        await websocket.prepare(request)
+        try:
+            await websocket.prepare(request)
+        except ConnectionError:
+            return web.Response()  # for nobody: it has gone again
         transport = request.transport
         if transport is None or self._is_closed:
             return websocket
@@ -119,18 +126,24 @@ class LinkServer:
 
     async def _authenticate(self, link: "_Link", websocket: web.WebSocketResponse) -> auth.Answer | Refused | None:
         """The client's Answer once it is accepted; None when it went away."""
+        self._handshakes[link] = None
+        if len(self._handshakes) > HANDSHAKES_MAX:
+            oldest = next(iter(self._handshakes))
+            del self._handshakes[oldest]
+            oldest.cut()
         try:
             return await asyncio.wait_for(self._shake_hands(link, websocket), self._handshake_s)
         except asyncio.TimeoutError:
             return Refused(RefusalCode.BUSY, f"not authenticated within {self._handshake_s:g} s")
         except RemoteProtocolError as error:
             return Refused(RefusalCode.BAD_VERSION, f"{error}: is this a client of the same release of everstep?")
+        finally:
+            self._handshakes.pop(link, None)
 
     async def _shake_hands(self, link: "_Link", websocket: web.WebSocketResponse) -> auth.Answer | Refused | None:
-        async with self._handshakes:
-            asked = auth.challenge(self._token)
-            link.write(_frame(_BINARY, auth.encode(asked)))
-            received = await websocket.receive()
+        asked = auth.challenge(self._token)
+        link.write(_frame(_BINARY, auth.encode(asked)))
+        received = await websocket.receive()
         if received.type is aiohttp.WSMsgType.TEXT:
             raise RemoteProtocolError("a text frame")
         if received.type is not aiohttp.WSMsgType.BINARY:
