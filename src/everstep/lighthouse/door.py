@@ -139,6 +139,7 @@ class _Connection(web.RequestHandler):
             access_log=None,  # type: ignore[arg-type]
             logger=_http_log,
             keepalive_timeout=door.request_s,
+            lingering_time=0.0,  # nothing here reads a body
         )
         self._door = door
         self._timer: asyncio.TimerHandle | None = None

@@ -26,7 +26,8 @@ HANDSHAKES_MAX = 1024  # unauthenticated connections; one more, and the oldest i
 LINKS_MAX = 20_000
 CLOSE_GRACE_S = 0.5  # for the other side to take its last frames before the connection is cut
 
-_BINARY, _CLOSE = 0x82, 0x88  # final frame; opcodes 2 and 8 (RFC 6455, 5.2)
+_BINARY, _CLOSE, _PONG = 0x82, 0x88, 0x8A  # final frame; opcodes 2, 8 and 10 (RFC 6455, 5.2)
+_GOES_ON = (aiohttp.WSMsgType.BINARY, aiohttp.WSMsgType.PING, aiohttp.WSMsgType.PONG)
 _CLOSE_BYTES_MAX = 123
 
 log = logging.getLogger("everstep.link")
@@ -64,7 +65,7 @@ class LinkServer:
         if len(self._connections) >= LINKS_MAX:
             raise web.HTTPServiceUnavailable(text=f"{LINKS_MAX} links are open; this is the limit")
         websocket = web.WebSocketResponse(
-            timeout=CLOSE_GRACE_S, compress=False, max_msg_size=codec.FRAME_BYTES_MAX, autoping=True
+            timeout=CLOSE_GRACE_S, compress=False, max_msg_size=codec.FRAME_BYTES_MAX, autoping=False
         )
         try:
             is_upgrade = websocket.can_prepare(request).ok
@@ -87,7 +88,7 @@ class LinkServer:
                 self._refuse(link, opening)
             elif opening is not None:
                 await self._serve(link, websocket, opening)
-            while link.why_closed and (await websocket.receive()).type is aiohttp.WSMsgType.BINARY:
+            while link.why_closed and (await websocket.receive()).type in _GOES_ON:
                 pass  # read on until the other side closes: closing over unread bytes would reset our last frames away
         finally:
             self._connections.pop(link, None)
@@ -103,9 +104,7 @@ class LinkServer:
                 continue
             if frame is None:
                 frame = _frame(_BINARY, codec.encode(message))
-            if not link.write(frame):
-                log.warning("link dropped link=%d address=%s reason=%r", number, link.address, link.why_closed)
-                link.cut()
+            self._write(link, frame)
 
     def close_link(self, number: int, reason: str) -> None:
         """Close a link after what was sent on it before; `closed` follows, not from within this call."""
@@ -176,8 +175,11 @@ class LinkServer:
 
     async def _read(self, link: "_Link", websocket: web.WebSocketResponse) -> str:
         """Hand every message on until the link ends; returns why it ended."""
+        why = f"not a word within {self._handshake_s:g} s"
+        silence = asyncio.get_running_loop().call_later(self._handshake_s, self._drop, link, why)
         while True:
             received = await websocket.receive()
+            silence.cancel()
             if received.type is aiohttp.WSMsgType.BINARY:
                 if link.why_closed:
                     continue
@@ -186,12 +188,22 @@ class LinkServer:
                 except RemoteProtocolError as error:
                     return self._drop(link, str(error))
                 self._listener.message(link.number, message)
+            elif received.type is aiohttp.WSMsgType.PING:
+                # Not left to aiohttp, which would answer behind our close, and wait for a slow reader.
+                self._write(link, _frame(_PONG, received.data))
+            elif received.type is aiohttp.WSMsgType.PONG:
+                pass
             elif received.type is aiohttp.WSMsgType.ERROR:
                 return self._drop(link, f"illegal frame: {websocket.exception() or received.data}")
             elif received.type is aiohttp.WSMsgType.TEXT:
                 return self._drop(link, "a text frame; messages are binary")
             else:
                 return link.why_closed or "the connection closed"
+
+    def _write(self, link: "_Link", frame: bytes) -> None:
+        if not link.write(frame):
+            log.warning("link dropped link=%d address=%s reason=%r", link.number, link.address, link.why_closed)
+            link.cut()
 
     def _drop(self, link: "_Link", reason: str) -> str:
         if link.number in self._links:
