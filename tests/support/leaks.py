@@ -17,8 +17,11 @@ SHARED_MEMORY = Path("/dev/shm")
 END_TIMEOUT_S = 3.0
 # Helpers of multiprocessing that live until the interpreter ends, by its own design.
 INTERPRETER_OWNED = ("multiprocessing.resource_tracker", "multiprocessing.forkserver")
-# Where the fork server listens; the cache that torch makes when the first optimizer is built in this process.
-INTERPRETER_TEMP = ("pymp-", "torchinductor_")
+# Where the fork server listens; the cache that torch makes when the first optimizer is built in this process; where
+# torchrun keeps logs, and leaves them.
+INTERPRETER_TEMP = ("pymp-", "torchinductor_", "torchelastic_")
+# In a folder that older torches (2.6) make in every process, and leave where one is killed.
+TORCHS_OWN_FILE = "_remote_module_non_scriptable.py"
 
 
 class LeakWatch:
@@ -57,15 +60,17 @@ class LeakWatch:
         commands = {f"process {pid}: {command}" for pid in processes if not _is_exempt(command := _command(pid))}
         threads = {f"thread {t.name!r}" for t in threading.enumerate() if _counts(t)}
         sockets = {f"listening socket {socket}" for socket in proc.listening_sockets(me)}
-        files = {
-            f"temporary file {path}" for path in self._temp_dir.glob("*") if not path.name.startswith(INTERPRETER_TEMP)
-        }
+        files = {f"temporary file {path}" for path in self._temp_dir.glob("*") if not _is_interpreters(path)}
         return commands | threads | sockets | files
 
     def _orphaned_shared_memory(self) -> set[str]:
         """New files that no live process uses. A file that another test session has open is that session's affair."""
         new = {path for path in _shared_memory() if f"shared memory {path}" not in self._before}
         return {f"shared memory {path}" for path in new - proc.mapped_files()} if new else set()
+
+
+def _is_interpreters(path: Path) -> bool:
+    return path.name.startswith(INTERPRETER_TEMP) or (path / TORCHS_OWN_FILE).exists()
 
 
 def _command(pid: int) -> str:
