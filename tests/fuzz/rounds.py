@@ -19,7 +19,7 @@ import hypothesis
 import pytest
 
 SOAK_S = float(os.environ.get("EVERSTEP_FUZZ_S", "600"))
-CASES_A_SEED = 400
+CASES_A_SEED = 200
 GROWTH_BYTES_MAX = 64 << 20  # of the peak, over where the target began; hypothesis's own notes are most of it
 
 _soaks = 1  # how many share SOAK_S

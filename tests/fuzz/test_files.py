@@ -42,7 +42,7 @@ def framed(payload: bytes) -> bytes:
     return head + payload
 
 
-@rounds(200)
+@rounds(120)
 def test_a_damaged_journal_is_an_older_record_or_a_config_error(fuzz: Fuzz, tmp_path: Path) -> None:
     valid, path = written(tmp_path), tmp_path / "job-job.journal"
 
@@ -60,7 +60,7 @@ def test_a_damaged_journal_is_an_older_record_or_a_config_error(fuzz: Fuzz, tmp_
     fuzz(holds)
 
 
-@rounds(200)
+@rounds(100)
 def test_a_whole_record_of_any_content_is_a_record_or_a_config_error_and_stops_no_start_otherwise(
     fuzz: Fuzz, tmp_path: Path
 ) -> None:
@@ -88,7 +88,7 @@ def test_any_names_have_a_rank_order(fuzz: Fuzz) -> None:
     fuzz(holds)
 
 
-@rounds(60)
+@rounds(40)
 def test_a_token_file_of_any_content_is_a_token_or_a_config_error_without_it(fuzz: Fuzz, tmp_path: Path) -> None:
     path = tmp_path / "token"
     path.touch(0o600)
@@ -112,7 +112,7 @@ def texts(*examples: str) -> st.SearchStrategy[str]:
     return damaged.map(lambda data: data.replace(b"\0", b"").decode("utf-8", "surrogateescape"))
 
 
-@rounds(150)
+@rounds(80)
 def test_any_address_is_a_url_or_a_config_error(fuzz: Fuzz) -> None:
     @given(texts("host:1234", "http://[::1]:29400/prefix/", "https://lighthouse.example", "10.0.0.7"))
     def holds(text: str) -> None:
@@ -126,7 +126,7 @@ def test_any_address_is_a_url_or_a_config_error(fuzz: Fuzz) -> None:
     fuzz(holds)
 
 
-@rounds(120)
+@rounds(60)
 def test_any_environment_is_settings_or_a_config_error(fuzz: Fuzz) -> None:
     names = {
         "EVERSTEP_LIGHTHOUSE": texts("host:1234", "http://host"),

@@ -35,7 +35,7 @@ def client_of(store: HostedStore) -> StoreClient:
     return connect_store(host_and_port(store.address), lambda: False)
 
 
-@rounds(200)
+@rounds(120)
 @pytest.mark.filterwarnings("error::pytest.PytestUnhandledThreadExceptionWarning")
 def test_whatever_a_member_says_to_the_store_the_others_meet(fuzz: Fuzz, hosted: HostedStore) -> None:
     sizes = st.integers(-2, 5) | st.sampled_from((1 << 40, -(1 << 40), 4096, 4097))
@@ -104,7 +104,7 @@ def membership(rank: int, seq: int, size: int = 2) -> Membership:
     return Membership(quorum_id=QuorumId(1, seq), rank=rank, size=size, timeout_s=DEADLINE_S)
 
 
-@rounds(60)
+@rounds(40)
 def test_whatever_strangers_say_to_a_lane_its_members_vote(fuzz: Fuzz) -> None:
     sequence = iter(range(1, 1 << 30))
     hellos = st.binary(min_size=40, max_size=40)
@@ -179,7 +179,7 @@ def test_a_vote_of_any_bytes_is_a_vote_a_lost_peer_or_called_out_of_turn(fuzz: F
 QUORUM = Quorum(QuorumId(1, 1), tuple(Member(MemberId(name, 1)) for name in "ab"))
 
 
-@rounds(120)
+@rounds(80)
 def test_header_rows_of_any_numbers_are_contributions_or_a_remote_protocol_error(fuzz: Fuzz) -> None:
     limbs = st.integers(0, (1 << 21) - 1)
     whole = st.lists(limbs | st.integers(-(1 << 63), (1 << 63) - 1), min_size=2 * ROW_NUMBERS, max_size=2 * ROW_NUMBERS)

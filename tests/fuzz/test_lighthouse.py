@@ -89,7 +89,7 @@ def drained(sock: socket.socket, quiet_s: float = QUIET_S) -> bytes:
     return heard
 
 
-@rounds(100)
+@rounds(50)
 def test_any_request_is_answered_without_an_error_of_the_server(fuzz: Fuzz, watched: Watched) -> None:
     requests = spoiled(st.sampled_from(REQUESTS), (*REQUESTS, b"\r\n", b"Content-Length: 99999999999999\r\n"))
 
@@ -106,7 +106,7 @@ def test_any_request_is_answered_without_an_error_of_the_server(fuzz: Fuzz, watc
     fuzz(holds)
 
 
-@rounds(60)
+@rounds(30)
 def test_any_job_group_and_cursor_of_a_request_is_answered_in_words(fuzz: Fuzz, watched: Watched) -> None:
     values = st.binary(max_size=40).map(quote_from_bytes) | st.sampled_from(("healthy", "%ED%A0%80", "%00", "a" * 3000))
     key = auth.http_key(watched.token, "operate").encode() if watched.token else b""
@@ -159,7 +159,7 @@ def opened(stranger: socket.socket, watched: Watched, job_id: str) -> bytes:
     return auth.encode(auth.answer(asked, auth.Credentials(job_id=job_id, token=watched.token)))
 
 
-@rounds(80)
+@rounds(40)
 def test_any_answer_to_the_challenge_ends_in_an_answer_or_a_close(fuzz: Fuzz, watched: Watched) -> None:
     @given(st.data())
     def holds(data: st.DataObject) -> None:
@@ -175,7 +175,7 @@ def test_any_answer_to_the_challenge_ends_in_an_answer_or_a_close(fuzz: Fuzz, wa
     fuzz(holds)
 
 
-@rounds(120)
+@rounds(60)
 def test_any_frames_after_the_handshake_leave_other_jobs_alone(fuzz: Fuzz, watched: Watched) -> None:
     """Also well-formed messages that say absurd things: the machine of that job must not fall over them."""
 
@@ -192,7 +192,7 @@ def test_any_frames_after_the_handshake_leave_other_jobs_alone(fuzz: Fuzz, watch
     fuzz(holds)
 
 
-@rounds(60)
+@rounds(30)
 def test_damaged_frames_in_its_own_job_leave_a_member_alone(fuzz: Fuzz, watched: Watched) -> None:
     undecodable = st.binary(min_size=1, max_size=60).map(lambda tail: masked(b"\x82\xa4type\xa5nobody" + tail))
     lies = st.builds(masked, st.binary(max_size=9), st.sampled_from((0, 1, 3)), length=st.integers(0, 1 << 62))

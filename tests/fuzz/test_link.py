@@ -32,7 +32,7 @@ def said_of(decode: Callable[[bytes], MessageT], frame: bytes) -> tuple[str, Mes
         return str(error), None
 
 
-@rounds(250)
+@rounds(200)
 def test_a_frame_from_a_member_is_a_message_or_a_remote_protocol_error(fuzz: Fuzz) -> None:
     @given(spoiled(TO_LIGHTHOUSE, SEEDS))
     def holds(frame: bytes) -> None:
@@ -43,7 +43,7 @@ def test_a_frame_from_a_member_is_a_message_or_a_remote_protocol_error(fuzz: Fuz
     fuzz(holds)
 
 
-@rounds(250)
+@rounds(200)
 def test_a_frame_from_the_lighthouse_is_a_message_or_a_remote_protocol_error(fuzz: Fuzz) -> None:
     @given(spoiled(TO_MEMBER, SEEDS))
     def holds(frame: bytes) -> None:
@@ -137,3 +137,10 @@ def test_a_length_that_is_a_lie_is_a_remote_protocol_error(huge: bytes) -> None:
     for key in (b"\xa1x", b"\xa6report", b"\xa5nonce"):
         with pytest.raises(RemoteProtocolError):
             codec.decode_to_lighthouse(b"\x82\xa4type\xa5hello" + key + huge)
+
+
+def test_the_refusal_of_the_longest_role_fits_into_a_frame() -> None:
+    asked = auth.challenge(None)
+    answer = auth.Answer(asked.version, b"n" * auth.NONCE_BYTES, "job", "\x00" * 3900)
+    verdict = auth.judge(None, asked, auth.decode_from_client(auth.encode(answer)))
+    assert auth.decode_from_server(auth.encode(verdict)) == verdict

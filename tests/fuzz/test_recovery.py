@@ -36,7 +36,7 @@ MANIFESTS = (SNAPSHOT.manifest_bytes, Snapshot.take({"a": 1 << 90, "c": [(), {1:
 ID = "0" * 16
 
 
-@rounds(250)
+@rounds(200)
 def test_a_damaged_manifest_is_a_state_that_can_be_built_or_a_remote_protocol_error(fuzz: Fuzz) -> None:
     @given(spoiled(st.sampled_from(MANIFESTS) | packed(st.from_type(Manifest)), MANIFESTS))
     def holds(data: bytes) -> None:
@@ -62,7 +62,7 @@ HEADS = (
 )
 
 
-@rounds(200)
+@rounds(150)
 def test_a_damaged_head_is_understood_or_a_remote_protocol_error(fuzz: Fuzz) -> None:
     @given(spoiled(st.sampled_from(HEADS), (*HEADS, b"9" * 5000, b": ", b"\r\n")))
     def holds(text: bytes) -> None:
@@ -106,7 +106,7 @@ def chunks_of(snapshot: Snapshot) -> bytes:
     return b"".join(bytes(snapshot.chunk(n)) + snapshot.digest(n) for n in range(snapshot.chunk_count))
 
 
-@rounds(120)
+@rounds(50)
 def test_whatever_a_source_says_the_joiner_has_its_state_or_a_documented_error(fuzz: Fuzz) -> None:
     valid = (answer(SNAPSHOT.manifest_bytes), answer(chunks_of(SNAPSHOT)))
     bodies = spoiled(st.sampled_from(MANIFESTS), MANIFESTS).map(answer)
@@ -125,7 +125,7 @@ def test_whatever_a_source_says_the_joiner_has_its_state_or_a_documented_error(f
     fuzz(holds)
 
 
-@rounds(120)
+@rounds(60)
 @pytest.mark.filterwarnings("error::pytest.PytestUnhandledThreadExceptionWarning")
 @pytest.mark.parametrize("auth", [None, AUTH], ids=["open", "token"])
 def test_whatever_a_joiner_says_the_others_get_the_state(fuzz: Fuzz, auth: object) -> None:

@@ -24,6 +24,7 @@ NONCE_BYTES = 16
 HANDSHAKE_BYTES_MAX = 4096
 HANDSHAKE_S = 5.0  # from the accepted connection to Accepted
 ROLES = ("member",)
+ROLE_CHARS_SHOWN = 40  # a refusal must fit into a handshake frame
 
 _CLIENT, _SERVER = "everstep link client", "everstep link server"
 
@@ -121,7 +122,7 @@ def judge(token: bytes | None, asked: Challenge, answer: Answer) -> Accepted | R
     if len(answer.nonce) != NONCE_BYTES:
         return Refused(RefusalCode.BAD_CONFIG, f"a nonce of {len(answer.nonce)} bytes; it must have {NONCE_BYTES}")
     if answer.role not in ROLES:
-        return Refused(RefusalCode.BAD_CONFIG, f"role {answer.role!r} is none of {', '.join(ROLES)}")
+        return Refused(RefusalCode.BAD_CONFIG, f"role {answer.role[:ROLE_CHARS_SHOWN]!r} is none of {', '.join(ROLES)}")
     if not 0 < len(answer.job_id) <= JOB_ID_CHARS_MAX or not answer.job_id.isprintable():
         shown = answer.job_id[:JOB_ID_CHARS_MAX]
         detail = f"job id {shown!r} must have 1 to {JOB_ID_CHARS_MAX} printable characters: check EVERSTEP_JOB_ID"
