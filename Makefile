@@ -14,7 +14,7 @@ COMPAT_PYTHONS ?= 3.10 3.11 3.12 3.13
 COMPAT_TORCH ?=
 COMPAT_TESTS ?=
 
-.PHONY: help venv demo test lint soak bench docs compat clean distclean FORCE
+.PHONY: help venv demo test lint soak bench bench-venv bench-rival docs compat clean distclean FORCE
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -85,9 +85,21 @@ compat: ## the tests on each of COMPAT_PYTHONS that is installed (pythonX.Y, or 
 	if [ -n "$$failed" ]; then echo "error: the tests failed on Python$$failed" >&2; exit 1; fi; \
 	echo "== the tests pass on Python$$ran"
 
-bench: $(STAMP) ## run every bench/bench_*.py
-	@shopt -s nullglob; \
-	for script in bench/bench_*.py; do echo "== $$script"; $(PY) "$$script"; done
+BENCHES := steady_state recovery failures lighthouse
+bench: $(STAMP) ## print the README's tables again; `make bench-rival` beside torchft
+	@for bench in $(BENCHES); do echo "== bench/$$bench.py"; $(PY) bench/$$bench.py; done
+	@echo "== python -m everstep.sim --groups 100000"; $(PY) -m everstep.sim --groups 100000
+
+# An environment of its own for the rival: it must never become a dependency.
+bench-venv: .venv-bench/.installed ## create .venv-bench, with torchft beside Everstep
+.venv-bench/.installed: constraints.txt bench/constraints.txt
+	python3.11 -m venv .venv-bench
+	.venv-bench/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -c bench/constraints.txt \
+	  torchft numpy -e .
+	touch $@
+
+bench-rival: bench-venv ## the benchmarks that have a rival, beside it in the same run
+	@for bench in steady_state recovery; do echo "== bench/$$bench.py"; .venv-bench/bin/python bench/$$bench.py --with torchft; done
 
 docs: $(STAMP) ## regenerate the tables of docs/protocol.md from the code
 	$(PY) docs/generate.py

@@ -131,7 +131,8 @@ class Server:
             self._loop.close()
 
     async def _start(self) -> web.AppRunner:
-        self._server = LinkServer(self.recorder, self._token, handshake_s=self._handshake_s)
+        times = {"handshake_s": self._handshake_s, "first_word_s": self._handshake_s}
+        self._server = LinkServer(self.recorder, self._token, **times)
         app = web.Application()
         app.router.add_get("/link", self._server.handle)
         runner = web.AppRunner(app, access_log=None, shutdown_timeout=0.1)

@@ -24,6 +24,7 @@ from everstep.link.sockets import tune
 SEND_BYTES_MAX = 1 << 20
 HANDSHAKES_MAX = 1024  # unauthenticated connections; one more, and the oldest is cut: who means it answers at once
 LINKS_MAX = 20_000
+FIRST_WORD_S = 900.0  # a member says Hello when its first step begins: it may have data to load before
 CLOSE_GRACE_S = 0.5  # for the other side to take its last frames before the connection is cut
 
 _BINARY, _CLOSE, _PONG = 0x82, 0x88, 0x8A  # final frame; opcodes 2, 8 and 10 (RFC 6455, 5.2)
@@ -47,10 +48,18 @@ class LinkListener(Protocol):
 class LinkServer:
     """`handle` is the aiohttp handler of the link's path. Link numbers are never used twice."""
 
-    def __init__(self, listener: LinkListener, token: bytes | None, *, handshake_s: float = auth.HANDSHAKE_S) -> None:
+    def __init__(
+        self,
+        listener: LinkListener,
+        token: bytes | None,
+        *,
+        handshake_s: float = auth.HANDSHAKE_S,
+        first_word_s: float = FIRST_WORD_S,
+    ) -> None:
         self._listener = listener
         self._token = token
         self._handshake_s = handshake_s
+        self._first_word_s = first_word_s
         self._links: dict[int, _Link] = {}
         self._connections: dict[_Link, None] = {}  # also those that are not authenticated yet, or closing
         self._numbers = itertools.count(1)
@@ -175,8 +184,8 @@ class LinkServer:
 
     async def _read(self, link: "_Link", websocket: web.WebSocketResponse) -> str:
         """Hand every message on until the link ends; returns why it ended."""
-        why = f"not a word within {self._handshake_s:g} s"
-        silence = asyncio.get_running_loop().call_later(self._handshake_s, self._drop, link, why)
+        why = f"not a word within {self._first_word_s:g} s"
+        silence = asyncio.get_running_loop().call_later(self._first_word_s, self._drop, link, why)
         while True:
             received = await websocket.receive()
             silence.cancel()

@@ -1,11 +1,12 @@
-"""Cost of a step over plain torch DDP: two processes, both ways in the same processes, alternating blocks of steps.
+"""Cost of a step over plain torch DDP: two processes, all ways in the same processes, alternating blocks of steps.
 
-    python bench/bench_steady_state.py [--blocks 20] [--steps 50] [--json]
+    python bench/steady_state.py [--blocks 20] [--steps 50] [--with torchft] [--json]
 
 Prints milliseconds a step (min / median / max over blocks) and the difference, for 1.2 k and 1 M parameters.
 """
 
 import argparse
+import contextlib
 import datetime
 import json
 import multiprocessing
@@ -70,7 +71,7 @@ def timed(step: Callable[[], None], steps: int) -> float:
     return (time.perf_counter() - began_at) / steps
 
 
-def worker(rank: int, store_port: int, lighthouse: str, options: argparse.Namespace, results: Any) -> None:
+def worker(rank: int, store_port: int, lighthouse: str, rival: str, options: argparse.Namespace, results: Any) -> None:
     import torch
     import torch.distributed as dist
 
@@ -85,6 +86,14 @@ def worker(rank: int, store_port: int, lighthouse: str, options: argparse.Namesp
             lighthouse=lighthouse, job_id=f"bench-{width}", replica_group_id=str(rank), replica_groups=GROUPS
         ) as manager:
             loops = {"everstep": everstep_loop(width, manager, name), "ddp": ddp_loop(width)}
+            stack = contextlib.ExitStack()
+            if rival:
+                from rival import manager as rival_manager
+                from rival import steady_loop
+
+                own = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+                rivals = stack.enter_context(rival_manager(rival, rank + GROUPS * width, own.port, init_sync=False))
+                loops["torchft"] = steady_loop(make_model(width), torch.randn(8, 4), rivals)
             blocks: dict[str, list[float]] = {kind: [] for kind in loops}
             for loop in loops.values():
                 timed(loop, options.steps)  # warm-up
@@ -92,6 +101,7 @@ def worker(rank: int, store_port: int, lighthouse: str, options: argparse.Namesp
                 for kind in sorted(loops, reverse=bool(block % 2)):
                     blocks[kind].append(timed(loops[kind], options.steps) * 1e3)
             dist.barrier()
+            stack.close()
         found[name] = blocks
     if rank == 0:
         results.put(found)
@@ -103,6 +113,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--blocks", type=int, default=20)
     parser.add_argument("--steps", type=int, default=50)
+    parser.add_argument("--with", dest="rival", choices=["torchft"], help="measure it in the same run")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
@@ -117,9 +128,16 @@ def main() -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    with Lighthouse.in_thread(LighthouseSettings(port=0)) as lighthouse:
+    with contextlib.ExitStack() as stack:
+        lighthouse = stack.enter_context(Lighthouse.in_thread(LighthouseSettings(port=0)))
+        rival = ""
+        if options.rival:
+            import rival as rivals
+
+            rivals.require()
+            rival = stack.enter_context(rivals.lighthouse(min_replicas=GROUPS))
         processes = [
-            context.Process(target=worker, args=(rank, port, lighthouse.address, options, results))
+            context.Process(target=worker, args=(rank, port, lighthouse.address, rival, options, results))
             for rank in range(GROUPS)
         ]
         for process in processes:
@@ -129,17 +147,27 @@ def main() -> None:
             process.join(60)
     rows = []
     for name, blocks in found.items():
-        over = [ours - theirs for ours, theirs in zip(blocks["everstep"], blocks["ddp"], strict=True)]
-        rows.append({"parameters": name, "over_ddp_ms": spread(over)} | {k: spread(v) for k, v in blocks.items()})
+        row: dict[str, Any] = {"parameters": name} | {kind: spread(times) for kind, times in blocks.items()}
+        for kind in blocks.keys() - {"ddp"}:
+            row[f"{kind}_over_ddp"] = spread([a - b for a, b in zip(blocks[kind], blocks["ddp"], strict=True)])
+        rows.append(row)
     if options.json:
         print(json.dumps({"benchmark": "steady_state", "rows": rows}))
         return
     today = datetime.date.today()
     print(f"{today}, {platform.machine()}, {os.cpu_count()} cores; {' '.join(sys.argv)}")
     print("ms a step (min / median / max over blocks)")
-    print(f"{'parameters':>10}  {'plain DDP':>22}  {'Everstep':>22}  {'over DDP':>22}")
+    kinds = [
+        "ddp",
+        *(
+            f"{kind}{over}"
+            for kind in ("everstep", *([options.rival] * bool(options.rival)))
+            for over in ("", "_over_ddp")
+        ),
+    ]
+    print(f"{'parameters':>10}  " + "  ".join(f"{kind:>22}" for kind in kinds))
     for row in rows:
-        cells = [format_spread(row[key]) for key in ("ddp", "everstep", "over_ddp_ms")]
+        cells = [format_spread(row[kind]) for kind in kinds]
         print(f"{row['parameters']:>10}  " + "  ".join(f"{cell:>22}" for cell in cells))
 
 

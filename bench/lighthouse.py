@@ -1,6 +1,6 @@
 """The lighthouse under many members: real links, the server in a process on one core, members simulated in this one.
 
-    python bench/bench_lighthouse.py [--members 1000] [--failures 10] [--json]
+    python bench/lighthouse.py [--members 1000] [--failures 10] [--json]
 
 Every failure closes one member's link (it connects again as a fresh process afterwards). Prints milliseconds (min /
 median / max): the last Notice after the first, the last Grant after the last Ready; the server's CPU share for the
