@@ -15,8 +15,6 @@ from collections.abc import Iterator
 import pytest
 from aiohttp import web
 
-from everstep.config import LighthouseSettings
-from everstep.lighthouse.app import Lighthouse
 from everstep.lighthouse.door import Door, look_after
 from everstep.link import codec
 from everstep.link.server import HANDSHAKES_MAX, SEND_BYTES_MAX
@@ -35,7 +33,7 @@ from tests.support.processes import Spawned, Spawner
 from tests.support.waiting import wait_until
 
 DEADLINE_S = 20.0
-LATENCY_MAX_S = 0.25  # of any single answer to a healthy member: scheduling on a busy machine, and no more
+LATENCY_MAX_S = 0.5  # of any single answer to a healthy member: scheduling on a busy machine, and no more
 SERVER = """
 import resource, sys
 if sys.argv[3] == "asyncio":
@@ -242,16 +240,16 @@ def test_half_a_handshake_and_a_link_without_hello_are_cut_after_a_deadline() ->
 
 
 def test_silent_handshakes_are_bounded_and_keep_no_member_out() -> None:
-    with Lighthouse.in_thread(LighthouseSettings(port=0)) as running, member_beside(running.url):
+    with serving(handshake_s=10 * DEADLINE_S) as server, member_beside(server.url):
         with contextlib.ExitStack() as stack:
-            silent = [stack.enter_context(connection_to(running.url)) for _ in range(HANDSHAKES_MAX + 50)]
+            silent = [stack.enter_context(connection_to(server.url)) for _ in range(HANDSHAKES_MAX + 50)]
             for sock in silent:
                 sock.sendall(UPGRADE)
-            wait_until(lambda: all(is_cut(sock) for sock in silent[:50]), 4.0, what="the oldest were cut")
+            wait_until(lambda: all(is_cut(sock) for sock in silent[:50]), DEADLINE_S, what="the oldest were cut")
             began_at = time.monotonic()
-            with linked(running.url) as late:
+            with linked(server.url) as late:
                 round_trips(late, 1)
-            assert time.monotonic() - began_at < 1.0
+            assert time.monotonic() - began_at < DEADLINE_S / 4
 
 
 # ---- slow readers
