@@ -107,10 +107,19 @@ class Stage:
             if actor.link:
                 self._cut(actor)
 
-    def do_start(self, *names: str) -> None:
+    def do_start_passive(self, *names: str) -> None:
+        self.do_start(*names, freezes_on_notice=False)
+
+    def do_start(self, *names: str, freezes_on_notice: bool = True) -> None:
         for name in names:
             replica_id = name.rstrip("'")
-            config = ReplicaConfig(replica_id=replica_id, nonce=name, store=name, expected_replicas=self._expected)
+            config = ReplicaConfig(
+                replica_id=replica_id,
+                nonce=name,
+                store=name,
+                expected_replicas=self._expected,
+                freezes_on_notice=freezes_on_notice,
+            )
             self.actors[name] = Actor(name, Replica(config))
             self._tell(self.actors[name], ReadyToJoin())
             self.do_connect(name)

@@ -33,7 +33,7 @@ from tests.support.processes import Spawned, Spawner
 from tests.support.waiting import wait_until
 
 DEADLINE_S = 20.0
-LATENCY_MAX_S = 0.5  # of any single answer to a healthy member: scheduling on a busy machine, and no more
+LATENCY_MAX_S = 2.0  # of any single answer to a healthy member: a machine at ten times its load, and no more
 SERVER = """
 import resource, sys
 if sys.argv[3] == "asyncio":

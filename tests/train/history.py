@@ -17,7 +17,7 @@ def violations(members: list[Running], events: list[JobEvent]) -> list[str]:
     found += _one_lineage_a_step(members)
     found += _same_bits_for_a_lineage(members)
     found += _a_step_commits_once(members)
-    found += _a_sample_counts_once_in_a_step(members)
+    found += _a_sample_counts_once(members)
     found += _quorum_ids_grow_and_name_one_membership(members)
     found += _every_failure_says_who_what_and_why(events)
     return found
@@ -57,18 +57,19 @@ def _a_step_commits_once(members: list[Running]) -> list[str]:
     return found
 
 
-def _a_sample_counts_once_in_a_step(members: list[Running]) -> list[str]:
-    samples: dict[object, list[int]] = defaultdict(list)
+def _a_sample_counts_once(members: list[Running]) -> list[str]:
+    """By its position in the endless line of epochs, over the whole history."""
+    steps: dict[int, object] = {}
+    found = []
     for member in members:
         for report in _committed(member):
-            ids = report["ids"]
-            assert isinstance(ids, list)
-            samples[report["step"]] += ids
-    return [
-        f"I4 step {step} counts a sample twice: {sorted(ids)}"
-        for step, ids in samples.items()
-        if len(set(ids)) < len(ids)
-    ]
+            positions = report["positions"]
+            assert isinstance(positions, list)
+            for position in positions:
+                if position in steps:
+                    found.append(f"I4 position {position} counts in step {steps[position]} and in {report['step']}")
+                steps[position] = report["step"]
+    return found
 
 
 def _quorum_ids_grow_and_name_one_membership(members: list[Running]) -> list[str]:

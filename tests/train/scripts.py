@@ -239,8 +239,9 @@ class Worker:
                     if self.step == self.plan.object_at_step and not self.has_objected:
                         self.has_objected = True
                         manager.report_error(ValueError("the test objects"))
+                    positions = [position for block in sampler._used for position in block.positions]
                     result = optimizer.step()
-                    self._report(manager, net, result, ids.tolist())
+                    self._report(manager, net, result, {"ids": ids.tolist(), "positions": positions})
                     if result.step >= self.stop_step:
                         return
 
@@ -266,7 +267,9 @@ class Worker:
             decided = presence.changed.wait_for(lambda: presence.replica.quorum != before, HOLD_DEADLINE_S)
             assert decided
 
-    def _report(self, manager: es.Manager, net: torch.nn.Module, result: es.StepResult, ids: list[int]) -> None:
+    def _report(
+        self, manager: es.Manager, net: torch.nn.Module, result: es.StepResult, drawn: dict[str, list[int]]
+    ) -> None:
         while self.pipe.poll():
             self.stop_step = self.pipe.recv()
         digest = xxhash.xxh3_64()
@@ -279,7 +282,7 @@ class Worker:
                 "committed": result.committed,
                 "participants": result.participants,
                 "why": result.why,
-                "ids": ids,
+                **drawn,
                 "digest": digest.hexdigest(),
                 "lineage": manager.lineage(),
             }

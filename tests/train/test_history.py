@@ -20,7 +20,13 @@ def member(group: int, steps: list[dict[str, Any]], logs: list[str] | None = Non
 
 
 def step(number: int, **changed: Any) -> dict[str, Any]:
-    report = {"committed": True, "step": number, "lineage": f"h:{number}", "digest": f"d{number}", "ids": [number]}
+    report = {
+        "committed": True,
+        "step": number,
+        "lineage": f"h:{number}",
+        "digest": f"d{number}",
+        "positions": [number],
+    }
     return report | changed
 
 
@@ -28,7 +34,7 @@ GOOD = [step(1), step(2), step(3)]
 
 
 def other(**changed: Any) -> list[dict[str, Any]]:
-    return [step(1, ids=[11]), step(2, **{"ids": [12], **changed}), step(3, ids=[13])]
+    return [step(1, positions=[11]), step(2, **{"positions": [12], **changed}), step(3, positions=[13])]
 
 
 def test_a_good_history_has_no_violation() -> None:
@@ -45,9 +51,10 @@ def test_a_good_history_has_no_violation() -> None:
     [
         ("I1", other(lineage="h:2'"), []),
         ("I2", other(digest="d2'"), []),
-        ("I3", [step(1, ids=[11]), step(1, ids=[12])], []),
-        ("I3", [step(1, ids=[11]), step(3, ids=[12])], []),
-        ("I4", other(ids=[2]), []),
+        ("I3", [step(1, positions=[11]), step(1, positions=[12])], []),
+        ("I3", [step(1, positions=[11]), step(3, positions=[12])], []),
+        ("I4", other(positions=[2]), []),
+        ("I4", other(positions=[3]), []),
         ("I5", other(), ["granted round=1/1 quorum=1.2 members=1", "adopted quorum=1.2 members=2"]),
         ("I5", other(), ["settled quorum=1.1 rank=0 step=0 members=0#1,1#3"]),
     ],

@@ -138,28 +138,12 @@ class Replica(ReplicaState):
         out: list[Effect] = self._leave_group() if self.lineage is None else []
         if self.wants_to_leave and self.lineage is None:
             return out + self._leave("drained while it was away")
-        out += self._send(self._hello())
+        out += self._send(self.hello())
         return out + (self._send(Drain()) if self.wants_to_leave else [])
 
     def _leave(self, reason: str) -> list[Effect]:
         self.has_left = True
         return self._send(Goodbye(reason, self.lineage is not None))
-
-    def _hello(self) -> Hello:
-        config = self.config
-        return Hello(
-            report=self.report(),
-            nonce=config.nonce,
-            store=config.store,
-            recovery=config.recovery,
-            lighthouse=self.lighthouse,
-            expected_replicas=config.expected_replicas,
-            min_replicas=config.min_replicas,
-            init_sync=config.init_sync,
-            start_step=config.start_step,
-            round=self.round,
-            freezes_on_notice=config.freezes_on_notice,
-        )
 
     def _from_lighthouse(self, message: ToMember, now: float) -> list[Effect]:
         match message:
@@ -203,6 +187,12 @@ class Replica(ReplicaState):
         if not self.config.freezes_on_notice and self._is_in_a_collective():
             self._put_off = message
             return [Log("notice put off", {"round": str(message.round), "cause": message.cause.value})]
+        return self._freeze(message)
+
+    def _react_to_what_was_put_off(self) -> list[Effect]:
+        return self._freeze(self._put_off) if self._put_off is not None else []
+
+    def _freeze(self, message: Notice) -> list[Effect]:
         self._put_off = None
         out: list[Effect] = []
         if message.round > self.round:
@@ -228,7 +218,7 @@ class Replica(ReplicaState):
             return []
         new = self._resolve(grant.quorum_id, grant.members)
         if new is None:
-            return self._send(self._hello())
+            return self._send(self.hello())
         if not new.is_member(self.member):
             raise LocalProtocolError(f"grant {grant.quorum_id} without its receiver {self.member}")
         how = self._apply_action(grant)
@@ -301,7 +291,7 @@ class Replica(ReplicaState):
         self.is_frozen = False
         self.evictions += 1
         self.waiting_for = "an invitation to rejoin after " + message.detail
-        return out + self._send(self._hello())
+        return out + self._send(self.hello())
 
     # ---- the training thread (T1 to T5)
 
@@ -361,8 +351,9 @@ class Replica(ReplicaState):
             self._commit()
         else:
             self._abort(self.attempt + 1)
+        # Its collectives work, then: the round goes on at this boundary, where it interrupts nothing.
         if event.lowest != event.highest or event.lowest <= self.quorum.id:
-            return []
+            return self._react_to_what_was_put_off()
         proposal = self._proposals.get(event.lowest)
         if proposal is None:
             raise LocalProtocolError(f"everybody voted for proposal {event.lowest}, which this member never had")
@@ -371,7 +362,8 @@ class Replica(ReplicaState):
             self.has_left = True
             return [*out, Log("left", {"quorum": str(proposal.id), "step": self.step})]
         self._enter(proposal)
-        return [*out, Log("adopted", {"quorum": str(proposal.id), "members": len(proposal.members)})]
+        out.append(Log("adopted", {"quorum": str(proposal.id), "members": len(proposal.members)}))
+        return out + self._react_to_what_was_put_off()
 
     def _collective_failed(self, event: CollectiveFailed, now: float) -> list[Effect]:
         if self.is_frozen or self.quorum is None or event.quorum_id != self.quorum.id:
@@ -382,7 +374,7 @@ class Replica(ReplicaState):
             peer = self.quorum.members[event.peer].id
         fields: dict[str, object] = {"quorum": str(event.quorum_id), "peer": str(peer), "detail": event.detail}
         out = [Log("collective failed", fields), *self._send(Failed(event.quorum_id, peer, event.detail))]
-        return out + (self._notice(self._put_off) if self._put_off is not None else [])
+        return out + self._react_to_what_was_put_off()
 
     def _train_alone(self, history: str) -> list[Effect]:
         self.member = MemberId(self.config.replica_id, 1)

@@ -1,6 +1,6 @@
 """The state of a member's machine, and the questions it answers. `replica.py` holds what changes it."""
 
-from everstep.core.messages import Activity, Effect, Heartbeat, MembersChange, Notice, Refused, Sever, applied
+from everstep.core.messages import Activity, Effect, Heartbeat, Hello, MembersChange, Notice, Refused, Sever, applied
 from everstep.core.moves import Build, Move, Recover, Reduce, ReplicaConfig, Vote, Wait
 from everstep.core.recovery_plan import Claim, RecoveryPlan, plan_recovery
 from everstep.core.transitions import Turn, after
@@ -158,6 +158,22 @@ class ReplicaState:
             keeps_gradients=self.config.keeps_gradients,
         )
 
+    def hello(self) -> Hello:
+        config = self.config
+        return Hello(
+            report=self.report(),
+            nonce=config.nonce,
+            store=config.store,
+            recovery=config.recovery,
+            lighthouse=self.lighthouse,
+            expected_replicas=config.expected_replicas,
+            min_replicas=config.min_replicas,
+            init_sync=config.init_sync,
+            start_step=config.start_step,
+            round=self.round,
+            freezes_on_notice=config.freezes_on_notice,
+        )
+
     # ---- entering and leaving quorums
 
     def _leave_group(self) -> list[Effect]:
@@ -197,7 +213,9 @@ class ReplicaState:
 
     def _is_in_a_collective(self) -> bool:
         """Or will be: it goes on as if nothing were known until its own collective says so."""
-        return self.lineage is not None and self.quorum is not None and not self.is_frozen and self._doubt_at is None
+        if self.quorum is None or len(self.quorum.members) < max(2, self.min_replicas):
+            return False  # there is none that could fail
+        return self.lineage is not None and not self.is_frozen and self._doubt_at is None
 
     def _is_live(self, quorum_id: QuorumId) -> bool:
         return (

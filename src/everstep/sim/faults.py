@@ -91,6 +91,7 @@ class Faults:
     join: int = 0
     at_points: int = 0  # triggers, drawn
     hang: int = 0  # a training thread stands still while its link lives
+    drain_group: int = 0  # the operator asks a group to leave
 
     @staticmethod
     def drawn(rng: random.Random) -> "Faults":
@@ -115,6 +116,7 @@ class Faults:
             join=rng.choice((0, 0, 1, 2)),
             at_points=rng.choice((0, 1, 2, 4)),
             hang=spare.choice((0, 0, 0, 0, 0, 1)),
+            drain_group=spare.choice((0, 0, 0, 0, 0, 0, 1)),
         )
 
 
@@ -284,6 +286,12 @@ class Injector:
 
     def _hang(self, victim: "Process", _seconds: float | None) -> None:
         victim.hang()
+
+    def _drain_group(self, victim: "Process", _seconds: float | None) -> None:
+        if len(self._world.living()) < 2:
+            self.done.pop()
+            return
+        self._world.lighthouse.drain(victim.replica_id)
 
     def _leave(self, victim: "Process", _seconds: float | None) -> None:
         if len(self._world.living()) < 2:

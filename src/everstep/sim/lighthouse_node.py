@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING
 
 from everstep.core.events import EventLog
-from everstep.core.lighthouse import JobConfig, LighthouseMachine, LinkClosed, LinkMessage, LinkOpened
+from everstep.core.lighthouse import DrainGroup, JobConfig, LighthouseMachine, LinkClosed, LinkMessage, LinkOpened
 from everstep.core.messages import Close, Effect, JournalRecord, Log, Persist, Publish, Send, ToLighthouse
 from everstep.sim.checkers import Violation
 
@@ -60,13 +60,17 @@ class LighthouseNode:
         if self._links.pop(link, None) is not None:
             self._feed(LinkClosed(link, detail))
 
+    def drain(self, replica_id: str) -> None:
+        """The operator's request."""
+        self._feed(DrainGroup(replica_id))
+
     def message(self, link: int, message: ToLighthouse) -> None:
         if link in self._links:
             self._world.faults.reached(f"lighthouse:{type(message).__name__}", None)
         if link in self._links:
             self._feed(LinkMessage(link, message))
 
-    def _feed(self, event: LinkOpened | LinkClosed | LinkMessage) -> None:
+    def _feed(self, event: LinkOpened | LinkClosed | LinkMessage | DrainGroup) -> None:
         if self.machine is None:
             return
         if self._world.now < self._stopped_until:

@@ -31,6 +31,9 @@ if TYPE_CHECKING:
     from everstep.sim.world import World
 
 
+COLLECTIVE_TIMEOUT_S = 30.0  # where no notice ends them: longer than anybody computes
+
+
 class Process:
     """One start of a replica group's process: its machine, its link, and what its training thread does."""
 
@@ -302,6 +305,13 @@ class Process:
             elif values is not None:
                 then(values)  # it raced with a freeze, or an error of another path: the machine must ignore it
 
+        if not self.replica.config.freezes_on_notice:
+
+            def expired() -> None:
+                if self._busy is token:
+                    done(None)
+
+            self._world.after(COLLECTIVE_TIMEOUT_S, expired)
         self._world.joined(self.name, quorum.id, self.replica.member)
         members = (quorum.id, quorum.member_ids)
         self._world.collectives.issue(members, self.replica.member, kind, value, done)

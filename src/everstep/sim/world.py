@@ -79,6 +79,7 @@ class World:
         self.lighthouse_type = lighthouse_type
         self.faults = Injector(self, faults if faults is not None else Faults.drawn(self.rng), triggers)
         self.keeps_gradients = self.rng.random() < 0.8
+        self.freezes_on_notice = random.Random(f"proactive {seed}").random() < 0.9
         self.lighthouse = LighthouseNode(self, self._job_config())
         self.processes: dict[str, Process] = {}  # the newest process of each replica_id
         self.messages = 0
@@ -172,6 +173,7 @@ class World:
             store=name,
             expected_replicas=self.groups,
             keeps_gradients=self.keeps_gradients,
+            freezes_on_notice=self.freezes_on_notice,
         )
         process = Process(self, name, config, Weights(value=self._starts))
         self.processes[replica_id] = process
