@@ -184,7 +184,8 @@ class DistributedSampler(torch.utils.data.Sampler[list[int]]):
     def _find_slot(self) -> None:
         members, me = self._manager.members()
         slots = slots_of(self._contributors, members)
-        self._slot, self._slots = slots.index(me), len(slots)
+        if me in slots:  # else it was left out a moment ago: what it draws now belongs to a step that it has no part in
+            self._slot, self._slots = slots.index(me), len(slots)
 
     def _forget_ahead(self) -> None:
         self._stale = len(self._ahead)
