@@ -68,6 +68,7 @@ class Campaign:
         self.rng = random.Random(seed)
         self.groups: dict[int, Group] = {}
         self.lost = 0
+        self.why_lost: list[str] = []
         self.moved = 0
         self.said = LighthouseLog()
         self.address = ""
@@ -174,6 +175,7 @@ class Campaign:
         group.reports.append(report)
         if report["event"] == "step" and not report["committed"]:
             self.lost += 1
+            self.why_lost.append(f"group {group.number} step {report['step'] + 1}: {report.get('why', '')}")
         if report.get("what") == "took state":
             group.takeovers += 1
             self.moved += group.takeovers > 1  # the first is how it joined

@@ -85,9 +85,17 @@ def run(minutes: float, groups: int, seed: int) -> dict[str, Any]:
             victim.process.wait()
             job.start(victim.number)
             kills += 1
-        lost, step = job.lost, job.groups[0].commits[-1]["step"]
+        lost, step = job.why_lost, job.groups[0].commits[-1]["step"]
     rows = [judge(name, what, [s[what] for s in samples[name]]) for name in samples for what in WHAT]
-    return {"minutes": minutes, "groups": groups, "kills": kills, "lost": lost, "steps": step, "rows": rows}
+    return {
+        "minutes": minutes,
+        "groups": groups,
+        "kills": kills,
+        "lost": len(lost),
+        "why_lost": lost,
+        "steps": step,
+        "rows": rows,
+    }
 
 
 def judge(process: str, what: str, values: list[float]) -> dict[str, Any]:
@@ -119,6 +127,8 @@ def main() -> None:
     else:
         print(f"{datetime.date.today()}, {platform.machine()}, {os.cpu_count()} cores; {' '.join(sys.argv)}")
         print(f"{result['kills']} kills in {options.minutes:g} minutes, {result['steps']} steps, lost {result['lost']}")
+        for why in result["why_lost"]:
+            print(f"    {why}")
         print(f"{'process':>12} {'what':>8}  {'median of each quarter':>32}  {'growth':>7}")
         for row in result["rows"]:
             quarters = " / ".join(f"{value:g}" for value in row["quarters"])

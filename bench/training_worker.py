@@ -113,7 +113,8 @@ def main() -> None:
                 optimizer.zero_grad()
                 F.cross_entropy(model(tokens).flatten(0, 1), targets.flatten()).backward()  # type: ignore[no-untyped-call]
                 result = optimizer.step()
-                report("step", step=result.step, committed=result.committed, participants=result.participants)
+                fields = {"step": result.step, "committed": result.committed, "participants": result.participants}
+                report("step", **fields, why=result.why)
 
 
 if __name__ == "__main__":
