@@ -37,7 +37,7 @@ from everstep.core.group import (
     ToLeader,
     View,
 )
-from everstep.core.messages import Activity, Effect, Heartbeat, Hello, Ready, Send, Sever, Tell, ToMember
+from everstep.core.messages import Activity, Effect, Heartbeat, Send, Sever, Tell, ToMember
 from everstep.core.moves import (
     AskToLeave,
     BarrierEnded,
@@ -56,16 +56,17 @@ from everstep.core.moves import (
     ReplicaConfig,
     ReplicaEvent,
     StateRecovered,
+    TrainAlone,
     Vote,
     VoteCast,
     Wait,
 )
 from everstep.core.replica import Replica
-from everstep.core.types import FailureRound, LocalProtocolError, Phase, Quorum, QuorumId
+from everstep.core.types import LocalProtocolError, Phase, Quorum, QuorumId
+from everstep.core.vouching import Vouching
 
 OWN = 0  # the leader's rank in its group
 DIVIDED = "the ranks of this group came to the vote differently: some skipped the step"
-SILENT_AFTER_S = 0.5  # before Welcome has told the interval
 
 
 @dataclasses.dataclass
@@ -91,11 +92,9 @@ class Leader(Replica):
         self._tally = Tally()
         self._ranks_ready: set[int] = set()
         self._ranks_left: dict[int, str] = {}
-        self._heard_at = dict.fromkeys(range(1, group_size), now)
-        self._froze: dict[int, FailureRound] = dict.fromkeys(range(1, group_size), self.round)
-        self._held: Send | None = None  # a Ready that waits for the ranks
+        self._vouching = Vouching(range(1, group_size), now)
+        self._is_alone = False  # without a lighthouse
         self._beats: dict[int, RankBeat] = {}
-        self._owes_hello = False
         self._severed: QuorumId | None = None
         self._holds_average = False
         self._shown: View | None = None
@@ -199,20 +198,24 @@ class Leader(Replica):
             case Prepared():
                 self._prepared += 1
                 return []
+            case AskToLeave():
+                return self._drain(event, now)
+            case TrainAlone():
+                self._is_alone = True
             case Leave(reason):
                 return self._rank_leaves(OWN, reason, now)
         return super().receive(event, now)
 
     def _from_rank(self, rank: int, message: ToLeader, now: float) -> list[Effect]:
-        if rank not in self._heard_at:
+        if not 0 < rank < self.group_size:
             raise LocalProtocolError(f"a message of rank {rank} in a group of {self.group_size}")
-        self._heard_at[rank] = now
+        self._vouching.heard(rank, now)
         match message:
             case RankBeat():
                 self._beats[rank] = message
                 return []
             case RankFroze(round_):
-                self._froze[rank] = max(round_, self._froze[rank])
+                self._vouching.froze(rank, round_)
                 return []
             case RankReady():
                 return self._rank_ready(rank, now)
@@ -235,7 +238,7 @@ class Leader(Replica):
             case RankFailed(quorum_id, peer, detail):
                 return super().receive(CollectiveFailed(quorum_id, peer, f"rank {rank}: {detail}"), now)
             case RankDrains(grace_s):
-                return super().receive(AskToLeave(grace_s), now)
+                return self._drain(AskToLeave(grace_s), now)
             case RankLeaves(reason):
                 return self._rank_leaves(rank, reason, now)
         raise LocalProtocolError(f"unknown message {message!r}")
@@ -281,6 +284,12 @@ class Leader(Replica):
         self._tally.is_prepared = False
         return super().receive(MoreReductions(), now)
 
+    def _drain(self, event: AskToLeave, now: float) -> list[Effect]:
+        if self._is_alone:  # there is nobody to ask
+            self.has_left = True
+            return []
+        return super().receive(event, now)
+
     def _rank_leaves(self, rank: int, reason: str, now: float) -> list[Effect]:
         self._ranks_left[rank] = reason
         if not self.has_everyone_left:
@@ -299,15 +308,19 @@ class Leader(Replica):
 
     def _finish(self, effects: list[Effect], now: float) -> list[Effect]:
         """Turn to the new quorum or try, keep back what needs every rank, and show the followers what changed."""
+        self._vouching.interval_s = self._beat_interval_s
         self._turn_tally()
         self._let_prepare()
         out: list[Effect] = []
         for effect in effects:
             if isinstance(effect, Sever):
                 self._severed = effect.up_to if self._severed is None else max(self._severed, effect.up_to)
-            if not isinstance(effect, Send) or self._may_send(effect, now):
+            if not isinstance(effect, Send) or self._vouching.may_send(effect, now):
                 out.append(effect)
-        out += self._send_held(now)
+        if self._is_up:
+            out += self._vouching.due_ready(self.round, self.member)
+            if self._vouching.takes_hello(now):
+                out += super().receive(LinkUp(), now)
         view = self._view()
         if view != self._shown:
             shown = view if self.quorum != self._shown_quorum else _without_quorum(view)
@@ -345,41 +358,6 @@ class Leader(Replica):
             self._tally.is_prepared = True
             self._prepares += 1
 
-    def _may_send(self, effect: Send, now: float) -> bool:
-        match effect.message:
-            case Ready(round_):
-                if all(froze >= round_ for froze in self._froze.values()):
-                    self._held = None
-                    return True
-                self._held = effect
-                return False
-            case Heartbeat():
-                return not self._is_anyone_silent(now)
-            case Hello():
-                self._owes_hello = self._is_anyone_silent(now)
-                return not self._owes_hello
-        return True
-
-    def _send_held(self, now: float) -> list[Effect]:
-        out: list[Effect] = []
-        held = self._held
-        if held is not None:
-            assert isinstance(held.message, Ready)
-            is_current = held.message.round == self.round and held.message.report.member == self.member
-            if not is_current or not self._is_up:
-                self._held = None
-            elif all(froze >= held.message.round for froze in self._froze.values()):
-                self._held = None
-                out.append(held)
-        if self._owes_hello and self._is_up and not self._is_anyone_silent(now):
-            self._owes_hello = False
-            out += super().receive(LinkUp(), now)
-        return out
-
-    def _is_anyone_silent(self, now: float) -> bool:
-        limit = self._beat_interval_s or SILENT_AFTER_S
-        return any(now - heard_at > limit for heard_at in self._heard_at.values())
-
     def _view(self) -> View:
         return View(
             member=self.member,
@@ -394,7 +372,7 @@ class Leader(Replica):
             is_settled=self.is_settled,
             is_frozen=self.is_frozen,
             is_in_doubt=self._doubt_at is not None,
-            has_left=self.has_left,
+            has_left=self.has_left or OWN in self._ranks_left,
             holds_average=self._holds_average,
             prepares=self._prepares,
             is_prepared=self._tally.is_prepared,
