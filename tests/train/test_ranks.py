@@ -3,11 +3,15 @@
 import os
 import signal
 import time
+from pathlib import Path
 
 import pytest
 
+from everstep.config import LighthouseSettings
+from everstep.lighthouse.app import Lighthouse
+from tests.support.processes import Spawner
 from tests.train.job import assert_nothing_lost
-from tests.train.ranks import RankedJob, assert_ranks_agree, samples_by_step
+from tests.train.ranks import RankedJob, assert_ranks_agree, free_port, samples_by_step
 
 
 def test_two_groups_of_two_ranks_hold_two_shards_and_draw_each_sample_once() -> None:
@@ -30,7 +34,7 @@ def test_two_groups_of_two_ranks_hold_two_shards_and_draw_each_sample_once() -> 
 def test_a_rank_killed_anywhere_ends_its_group_alone_and_the_group_comes_back() -> None:
     """One job, group 1 started again after each kill: the others commit every step, the one of the kill included."""
     kills = [(1, "backward"), (0, "vote"), (1, "before_step"), (0, "optimizer"), (1, "optimizer"), (0, "reduction")]
-    with RankedJob(3) as job:
+    with RankedJob(3, heartbeat_timeout_s=10.0) as job:
         job.start_teams({(1, kills[0][0]): {"die_in": kills[0][1], "after_steps": 5}})
         survivors = job.everyone(1)
         job.until_steps(survivors, 5)
@@ -45,10 +49,10 @@ def test_a_rank_killed_anywhere_ends_its_group_alone_and_the_group_comes_back() 
                 team = job.start_team(1, {rank: {"die_in": point, "after_steps": 5}}, seed=7 * index)
                 job.until_all_recover(team)
         job.stop(survivors)
+        notices = [line for member in survivors for line in member.logs if line.startswith("notice")]
+        assert not any("silent" in line or "no-ready" in line for line in notices), notices
         assert_nothing_lost(survivors)
         assert_ranks_agree(job)
-        notices = [line for member in survivors for line in member.logs if line.startswith("notice")]
-        assert not any("silent" in line for line in notices), notices
 
 
 @pytest.mark.parametrize("objector", [(0, 0), (1, 1)])
@@ -103,3 +107,59 @@ def test_a_stopped_follower_gets_its_group_evicted_and_it_returns_with_its_peers
         job.stop(members)
         assert_nothing_lost(survivors)
         assert_ranks_agree(job)
+
+
+SCRIPT = """
+import os, sys
+import torch, torch.distributed as dist
+import everstep as es
+
+torch.set_num_threads(1)
+torch.manual_seed(int(os.environ["REPLICA_GROUP_ID"]))
+dist.init_process_group("gloo")
+net = torch.nn.Linear(8, 1)
+
+def average_within_the_group():
+    for parameter in net.parameters():
+        dist.all_reduce(parameter.grad)
+        parameter.grad /= dist.get_world_size()
+
+with es.Manager() as manager:
+    model = es.DistributedDataParallel(manager, net)
+    sgd = torch.optim.SGD(net.parameters(), lr=0.01)
+    optimizer = es.Optimizer(manager, sgd, before_step=average_within_the_group)
+    if dist.get_rank():
+        torch.manual_seed(7)  # each rank has data of its own
+    step = 0
+    while step < 20:
+        optimizer.zero_grad()
+        model(torch.randn(4, 8)).square().mean().backward()
+        step = optimizer.step().step
+    weights = " ".join(f"{w:.9g}" for p in net.parameters() for w in p.flatten().tolist())
+    print("WEIGHTS", manager.lineage(), weights, flush=True)
+dist.destroy_process_group()
+"""
+
+
+def test_two_torchruns_of_two_ranks_train_one_model(tmp_path: Path, spawn: Spawner) -> None:
+    """The ranks meet in torchrun's own store, and average within their group by torch.distributed beside Everstep."""
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT)
+    with Lighthouse.in_thread(LighthouseSettings(port=0)) as lighthouse:
+        runs = []
+        for group in range(2):
+            rendezvous = ["--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{free_port()}", f"--rdzv-id={group}"]
+            command = ["-m", "torch.distributed.run", *rendezvous, "--nproc-per-node=2", "--local-addr=127.0.0.1"]
+            env = {
+                "EVERSTEP_LIGHTHOUSE": lighthouse.address,
+                "REPLICA_GROUP_ID": str(group),
+                "NUM_REPLICA_GROUPS": "2",
+                "OMP_NUM_THREADS": "1",
+                "TORCH_CPP_LOG_LEVEL": "ERROR",
+            }
+            runs.append(spawn([*command, str(script)], env=env))
+        for run in runs:
+            assert run.wait(60) == 0, run.output()
+        said = [line for run in runs for line in run.output().splitlines() if line.startswith("WEIGHTS")]
+        assert len(said) == 4, said
+        assert len(set(said)) == 1, said
