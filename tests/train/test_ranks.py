@@ -5,8 +5,6 @@ import signal
 import time
 from pathlib import Path
 
-import pytest
-
 from everstep.config import LighthouseSettings
 from everstep.lighthouse.app import Lighthouse
 from tests.support.processes import Spawner
@@ -33,7 +31,7 @@ def test_two_groups_of_two_ranks_hold_two_shards_and_draw_each_sample_once() -> 
 
 def test_a_rank_killed_anywhere_ends_its_group_alone_and_the_group_comes_back() -> None:
     """One job, group 1 started again after each kill: the others commit every step, the one of the kill included."""
-    kills = [(1, "backward"), (0, "vote"), (1, "before_step"), (0, "optimizer"), (1, "optimizer"), (0, "reduction")]
+    kills = [(1, "backward"), (0, "vote"), (1, "before_step"), (0, "optimizer")]
     with RankedJob(3, heartbeat_timeout_s=10.0) as job:
         job.start_teams({(1, kills[0][0]): {"die_in": kills[0][1], "after_steps": 5}})
         survivors = job.everyone(1)
@@ -55,19 +53,20 @@ def test_a_rank_killed_anywhere_ends_its_group_alone_and_the_group_comes_back() 
         assert_ranks_agree(job)
 
 
-@pytest.mark.parametrize("objector", [(0, 0), (1, 1)])
-def test_the_objection_of_one_rank_aborts_the_step_on_every_rank_of_every_group(objector: tuple[int, int]) -> None:
+def test_the_objection_of_one_rank_aborts_the_step_on_every_rank_of_every_group() -> None:
     with RankedJob(2) as job:
-        job.start_teams({objector: {"object_at_step": 6}})
+        job.start_teams({(0, 0): {"object_at_step": 6}, (1, 1): {"object_at_step": 8}})
         members = job.everyone()
-        job.until_steps(members, 9)
+        job.until_steps(members, 10)
         job.stop(members)
         assert_ranks_agree(job)
         for member in members:
-            (aborted,) = [report for report in member.steps if not report["committed"]]
-            assert aborted["step"] == 5
-            is_own = member.plan.group == objector[0]
-            assert aborted["why"].endswith("the test objects" if is_own else "another member voted no")
+            aborted = [report for report in member.steps if not report["committed"]]
+            assert [report["step"] for report in aborted] == [5, 7]
+            objectors = ["ValueError: the test objects", "rank 1: ValueError: the test objects"]
+            other = 1 - member.plan.group
+            objectors[other] = "another member voted no"
+            assert [report["why"] for report in aborted] == objectors
 
 
 def test_a_notice_frees_followers_from_a_reduction_that_would_never_end() -> None:
@@ -136,7 +135,7 @@ with es.Manager() as manager:
         model(torch.randn(4, 8)).square().mean().backward()
         step = optimizer.step().step
     weights = " ".join(f"{w:.9g}" for p in net.parameters() for w in p.flatten().tolist())
-    print("WEIGHTS", manager.lineage(), weights, flush=True)
+    os.write(1, f"WEIGHTS {manager.lineage()} {weights}\\n".encode())  # whole: the ranks share a pipe
 dist.destroy_process_group()
 """
 
