@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from everstep.errors import ConfigError as ConfigError
     from everstep.errors import EverstepError as EverstepError
     from everstep.errors import GroupDrained as GroupDrained
+    from everstep.errors import GroupFailed as GroupFailed
     from everstep.errors import LighthouseRefused as LighthouseRefused
     from everstep.errors import LighthouseUnreachable as LighthouseUnreachable
     from everstep.lighthouse.app import Lighthouse as Lighthouse
@@ -34,6 +35,7 @@ _HOMES = {
     "LighthouseUnreachable": "everstep.errors",
     "EventKind": "everstep.core.events",
     "GroupDrained": "everstep.errors",
+    "GroupFailed": "everstep.errors",
     "JobEvent": "everstep.core.events",
     "Lighthouse": "everstep.lighthouse.app",
     "DistributedDataParallel": "everstep.train.ddp",

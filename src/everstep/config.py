@@ -12,6 +12,9 @@ package reads the environment, and nothing writes it.
 | REPLICA_GROUP_ID | this replica group's stable name |
 | NUM_REPLICA_GROUPS | how many groups found the job together |
 | EVERSTEP_PROACTIVE_RECOVERY | 0: a notice of a failure interrupts nothing; collectives must fail by themselves |
+| RANK, WORLD_SIZE | this process among the ranks of its group, as torchrun sets them; unset: a group of one |
+| EVERSTEP_GROUP_LEADER | `host:port` where rank 0 of the group listens for the others; unset: torchrun's store says |
+| MASTER_ADDR, MASTER_PORT | where torchrun's agent has its store, if TORCHELASTIC_USE_AGENT_STORE says so |
 """
 
 import dataclasses
@@ -30,6 +33,26 @@ LIGHTHOUSE_PORT = 29520
 TOKEN_BYTES_MIN = 8
 TOKEN_BYTES_MAX = 4096
 REPLICA_GROUPS_MAX = 100_000
+GROUP_RANKS_MAX = 10_000
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GroupSettings:
+    """This process among the ranks of its replica group; rank 0 leads.
+
+    `leader` is where it listens, if that is fixed; else it publishes its address in torchrun's store under a key of
+    `namespace`, or in the store of the script's own process group.
+    """
+
+    rank: int = 0
+    size: int = 1
+    leader: tuple[str, int] | None = None
+    store: tuple[str, int] | None = None
+    namespace: str = ""
+
+    def __post_init__(self) -> None:
+        check_count("group_size (WORLD_SIZE)", self.size, 1, GROUP_RANKS_MAX)
+        check_count("group_rank (RANK)", self.rank, 0, self.size - 1)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -47,6 +70,7 @@ class ManagerSettings:
     collective_timeout_s: float = 300.0
     drain_grace_s: float = 20.0
     proactive_recovery: bool = True
+    group: GroupSettings = dataclasses.field(default_factory=GroupSettings)
 
     def __post_init__(self) -> None:
         check_duration("collective_timeout_s", self.collective_timeout_s)
@@ -61,6 +85,12 @@ class ManagerSettings:
             raise ConfigError(
                 f"min_replicas={self.min_replicas} is above the number of replica groups, {self.replica_groups}: no "
                 "step would ever commit; lower min_replicas or raise NUM_REPLICA_GROUPS"
+            )
+        leader = self.group.leader
+        if leader is not None and self.token is None and not is_loopback(leader[0]):
+            raise ConfigError(
+                f"EVERSTEP_GROUP_LEADER={leader[0]}:{leader[1]} opens the group to the network, and there is no job "
+                "token: set EVERSTEP_TOKEN_FILE"
             )
 
 
@@ -129,6 +159,8 @@ def manager_settings(
     collective_timeout_s: float = 300.0,
     drain_grace_s: float = 20.0,
     proactive_recovery: bool | None = None,
+    group_rank: int | None = None,
+    group_size: int | None = None,
     environ: Mapping[str, str] | None = None,
 ) -> ManagerSettings:
     """Settings from these arguments and, where they are None, from the environment. Raises ConfigError."""
@@ -154,6 +186,26 @@ def manager_settings(
         proactive_recovery=(
             proactive_recovery if proactive_recovery is not None else _flag_in(env, "EVERSTEP_PROACTIVE_RECOVERY", True)
         ),
+        group=_group_settings(group_rank, group_size, env),
+    )
+
+
+def _group_settings(rank: int | None, size: int | None, env: Mapping[str, str]) -> GroupSettings:
+    if (rank is None) != (size is None):
+        raise ConfigError(f"group_rank={rank} and group_size={size} belong together: give both, or neither")
+    if rank is None or size is None:
+        if not (env.get("RANK") and env.get("WORLD_SIZE")):
+            return GroupSettings()
+        rank, size = _count_in(env, "RANK"), _count_in(env, "WORLD_SIZE")
+    leader, store = env.get("EVERSTEP_GROUP_LEADER"), None
+    if env.get("TORCHELASTIC_USE_AGENT_STORE") == "True" and env.get("MASTER_ADDR") and env.get("MASTER_PORT"):
+        store = env["MASTER_ADDR"], _count_in(env, "MASTER_PORT")
+    return GroupSettings(
+        rank=rank,
+        size=size,
+        leader=_host_and_port("EVERSTEP_GROUP_LEADER", leader) if leader else None,
+        store=store,
+        namespace=f"{env.get('TORCHELASTIC_RUN_ID', '')}/{env.get('TORCHELASTIC_RESTART_COUNT', '')}",
     )
 
 
@@ -262,6 +314,13 @@ def _given(argument: str | None, name: str, env: Mapping[str, str], variable: st
     return (variable, env[variable]) if env.get(variable) else None
 
 
+def _host_and_port(name: str, value: str) -> tuple[str, int]:
+    host, _, port = value.rpartition(":")
+    if not host or not port.isascii() or not port.isdigit() or not 0 < int(port[:6]) < 65536:
+        raise ConfigError(f"{name}={value!r} is no address; give host:port")
+    return host.strip("[]"), int(port)
+
+
 def _path(argument: str | Path | None, env: Mapping[str, str], variable: str) -> Path | None:
     value = argument if argument is not None else env.get(variable)
     return Path(value) if value else None
@@ -272,7 +331,7 @@ def _count_in(env: Mapping[str, str], variable: str) -> int:
     if not text:
         return 0
     if not text.isascii() or not text.isdigit():
-        raise ConfigError(f"{variable}={text!r} must be a whole number, the number of replica groups")
+        raise ConfigError(f"{variable}={text!r} must be a whole number")
     return int(text[:12])
 
 

@@ -5,6 +5,7 @@ EverstepError
 │   └── StateMismatch           a peer's state does not fit this member's model
 ├── LighthouseRefused           the lighthouse turned this process away; `code` and the message say why
 ├── LighthouseUnreachable       nothing answers at the configured address
+├── GroupFailed                 another rank of this replica group ended: so does this process
 ├── StepInterrupted             a peer or the network: this collective is over, the job goes on
 │   └── PeerLost                … and the error names (or suspects) one peer
 └── RecoveryFailed              live state could not be fetched this time; the member starts over
@@ -19,6 +20,7 @@ __all__ = [
     "ConfigError",
     "EverstepError",
     "GroupDrained",
+    "GroupFailed",
     "LighthouseRefused",
     "LighthouseUnreachable",
     "LocalProtocolError",
@@ -52,6 +54,10 @@ class LighthouseRefused(EverstepError):
 
 class LighthouseUnreachable(EverstepError):
     """No lighthouse answered at the address within the connect timeout."""
+
+
+class GroupFailed(EverstepError):
+    """Another rank of this replica group ended, so the group has failed as a whole; what started it starts it again."""
 
 
 class StepInterrupted(EverstepError):

@@ -36,8 +36,10 @@ class Plan:
     lighthouse: str
     seed: int = 0
     at_step: int = 0
+    after_steps: int = 0  # instead of at_step: counted from this process's first step
     die_in: str = ""  # forward, backward, reduction, before_step, vote, voted, optimizer, updated
     at_configure: int = 0  # die instead in its nth group: rebuild (before it is built), rebuilt, offer, rereduce
+    signal: int = signal.SIGKILL  # that it sends itself there, once
     object_at_step: int = 0  # report_error in this one
     hold_at_step: int = 0  # in before_step, until the test says go
     lose_vote_at_step: int = 0  # the result of this vote never reaches the training thread
@@ -51,13 +53,12 @@ class Plan:
     workers: int = 0  # of the DataLoader
     batch_size: int = 4
     width: int = 16
+    rank: int = 0  # within the replica group
+    ranks: int = 1
+    leader: str = ""  # where rank 0 listens
     name: str = ""  # replica_group_id; the group's number by default
     init_sync: bool = True
     options: dict[str, Any] = dataclasses.field(default_factory=dict)  # of the Manager
-
-
-def die() -> None:
-    os.kill(os.getpid(), signal.SIGKILL)
 
 
 class FaultyGroup(ReconfigurableProcessGroup):
@@ -78,7 +79,7 @@ class FaultyGroup(ReconfigurableProcessGroup):
 
     def _strike(self, point: str) -> None:
         if self._worker.plan.die_in == point and self._configured == self._worker.plan.at_configure:
-            die()
+            os.kill(os.getpid(), signal.SIGKILL)
 
     def abort(self, up_to: QuorumId) -> None:
         self._inner.abort(up_to)
@@ -167,7 +168,9 @@ class Worker:
         self.plan = plan
         self.pipe = pipe
         self.step = 0  # that is being made
+        self.first_step = 0
         self.stop_step = 1 << 60
+        self.has_struck = False
         self.has_objected = False
         self.has_failed = False
         self.has_lost = False
@@ -188,12 +191,16 @@ class Worker:
                 threading.Event().wait(self.plan.stall_s)
 
     def strike(self, point: str) -> None:
-        if self.plan.die_in == point and self.step == self.plan.at_step:
-            die()
+        at_step = self.plan.at_step or self.first_step + self.plan.after_steps
+        if self.plan.die_in == point and self.step == at_step and not self.has_struck:
+            self.has_struck = True
+            self.pipe.send({"event": "holding"})
+            os.kill(os.getpid(), self.plan.signal)
 
     def run(self) -> None:
         torch.set_num_threads(1)
-        torch.manual_seed(self.plan.seed + self.plan.group)
+        torch.manual_seed(self.plan.seed + self.plan.group + 1000 * self.plan.rank)
+        os.environ["EVERSTEP_GROUP_LEADER"] = self.plan.leader
         logging.getLogger("everstep").addHandler(Reports(self.pipe))
         logging.getLogger("everstep").setLevel(logging.INFO)
         width = self.plan.width
@@ -207,6 +214,8 @@ class Worker:
             replica_group_id=self.plan.name or str(self.plan.group),
             replica_groups=self.plan.groups,
             init_sync=self.plan.init_sync,
+            group_rank=self.plan.rank,
+            group_size=self.plan.ranks,
             **self.plan.options,
         ) as manager:
             self.manager = manager
@@ -227,6 +236,7 @@ class Worker:
                 sampler.set_epoch(epoch)
                 for x, y, ids in sampler.batches(loader):
                     self.step = manager.current_step() + 1
+                    self.first_step = self.first_step or self.step
                     optimizer.zero_grad()
                     self._stall()
                     torch.nn.functional.mse_loss(model(x), y).backward()  # type: ignore[no-untyped-call]
@@ -295,6 +305,8 @@ def train(plan: Plan, pipe: Connection) -> None:
         Worker(plan, pipe).run()
     except es.EverstepError as error:
         pipe.send({"event": "error", "kind": type(error).__name__, "text": str(error)})
+        if plan.ranks > 1:
+            raise SystemExit(1) from error
         return
     except GroupDrained:
         pipe.send({"event": "done"})

@@ -9,6 +9,7 @@
   (see store.py); ours answers from a meeting of the members.
 - `ProcessGroupNCCL`, its `Options` with `config` and `_timeout`, `eager_connect_single_device`, `abort`: as for Gloo.
   The key "0", under which rank 0 leaves the first communicator's id in its store and the other ranks look for it.
+- `distributed_c10d._get_default_store`: the only way to the store that the script's `init_process_group` has made.
 - `Variable._execution_engine.queue_callback`: the only way to run code when `backward()` has computed everything but
   has not returned; torch's own FSDP uses it.
 """
@@ -37,6 +38,7 @@ __all__ = [
     "TorchWork",
     "allreduce_options",
     "connect_gloo",
+    "default_store",
     "free_at_last",
     "gather_into",
     "gloo_device",
@@ -203,6 +205,11 @@ def queue_backward_callback(callback: Callable[[], None]) -> None:
     out of `backward()`.
     """
     torch.autograd.Variable._execution_engine.queue_callback(callback)
+
+
+def default_store() -> Store:
+    """Of the script's own process group, which must be initialized."""
+    return torch.distributed.distributed_c10d._get_default_store()
 
 
 def import_dynamo() -> None:

@@ -262,7 +262,13 @@ class JournalRecord(msgspec.Struct, frozen=True):
     ended: bool = False  # every member left on purpose
 
 
-Effect = Send | Sever | Exit | Close | Persist | Log | Publish
+class Tell(msgspec.Struct, frozen=True):
+    """Within a replica group: the leader to every follower, or a follower to the leader (core/group.py)."""
+
+    message: object
+
+
+Effect = Send | Sever | Exit | Close | Persist | Log | Publish | Tell
 
 
 def changed(new: Quorum, base: Quorum) -> MembersChange:

@@ -66,7 +66,15 @@ class Vote:
     must_be_no: bool = False
 
 
-Move = Wait | Build | Recover | Reduce | Vote
+@dataclasses.dataclass(frozen=True)
+class Prepare:
+    """Run what the script does before the vote, now, whatever else has happened: the other ranks of this group do.
+
+    It may contain collectives of the script's own among these ranks, which must match; then Prepared.
+    """
+
+
+Move = Wait | Build | Recover | Reduce | Vote | Prepare
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,16 +121,32 @@ class StateRecovered:
 
 @dataclasses.dataclass(frozen=True)
 class GradientsReduced:
-    """All reductions of the step completed in this quorum; `samples` digests who contributed what."""
+    """All reductions of the step completed in this quorum; `samples` digests who contributed what.
+
+    `shares` is what of it must be the same on every rank of a group.
+    """
 
     quorum_id: QuorumId
     contributors: int
     samples: bytes = b""
+    shares: bytes = b""
 
 
 @dataclasses.dataclass(frozen=True)
 class MoreReductions:
     """The step has another reduction after all: it is not reduced yet."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Deciding:
+    """In a group of several ranks: this one adds nothing to the step any more. `together`: it wants a Prepare."""
+
+    together: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Prepared:
+    """What a Prepare asked for has run on this rank."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -173,6 +197,8 @@ ReplicaEvent = (
     | StateRecovered
     | GradientsReduced
     | MoreReductions
+    | Deciding
+    | Prepared
     | VoteEnded
     | CollectiveFailed
     | AskToLeave

@@ -343,6 +343,10 @@ class Replica(ReplicaState):
         self._turn(Turn.VOTE_CAST)
         return VoteCast(self.quorum.id, self.vote, self.voted_for)
 
+    def cast_ballot(self, objection: str) -> tuple[VoteCast | None, list[Effect]]:
+        """This rank's vote, no if there is an objection; the group's vote where that makes it complete."""
+        return self.cast_vote(not objection), []
+
     def _vote_ended(self, event: VoteEnded) -> list[Effect]:
         if not self._is_live(event.quorum_id) or self.phase is not Phase.VOTING:
             return []

@@ -1,5 +1,6 @@
 """The state of a member's machine, and the questions it answers. `replica.py` holds what changes it."""
 
+from everstep.core.group import Batch
 from everstep.core.messages import Activity, Effect, Heartbeat, Hello, MembersChange, Notice, Refused, Sever, applied
 from everstep.core.moves import Build, Move, Recover, Reduce, ReplicaConfig, Vote, Wait
 from everstep.core.recovery_plan import Claim, RecoveryPlan, plan_recovery
@@ -45,6 +46,7 @@ class ReplicaState:
         self.has_left = False
         self.refusal: Refused | None = None
         self.min_replicas = config.min_replicas
+        self.objection = ""  # why this group's ranks voted no, last; a group of one knows without
         self.waiting_for = "the lighthouse"
         self._proposals: dict[QuorumId, Quorum] = {}
         self._lists: dict[QuorumId, Quorum] = {}
@@ -109,6 +111,17 @@ class ReplicaState:
         return self.quorum.rank_of(self.member) if self.quorum is not None else None
 
     @property
+    def has_reduced(self) -> bool:
+        """This rank's reductions of the step are complete, and it has not voted."""
+        return self.phase is Phase.REDUCED
+
+    @property
+    def awaits_plan(self) -> bool:
+        """The barrier has not ended on every rank of the group; nothing else happened to the quorum."""
+        is_undecided = self.plan is None and not self.is_settled and self._doubt_at is None
+        return is_undecided and self.quorum is not None and not self.is_frozen
+
+    @property
     def has_proposal(self) -> bool:
         return bool(self._proposals)
 
@@ -143,6 +156,11 @@ class ReplicaState:
             return Wait(f"{len(quorum.members)} replica groups are fewer than min_replicas={self.min_replicas}")
         # Too few to commit, but others want in: a vote that says no lets them (T4 adopts whatever the vote says).
         return Vote(quorum, must_be_no=is_short and self.vote is None)
+
+    @property
+    def batch(self) -> Batch:
+        """The try of the step that is under way."""
+        return Batch(self.step, self.attempt, self.evictions)
 
     def report(self) -> Report:
         return Report(

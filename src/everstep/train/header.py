@@ -85,6 +85,11 @@ class StepHeader:
         """Over all rows, and how many reductions the step has: members that issued more or fewer hold other results."""
         return hashlib.blake2b(self._content + reductions.to_bytes(8, "little"), digest_size=16).digest()
 
+    def shares(self) -> bytes:
+        """Who drew how much, without which samples: all ranks of one group must say the same."""
+        text = [f"{member}:{c.slots}:{c.draws}:{c.batch_size}" for member, c in self.contributions.items()]
+        return hashlib.blake2b("\n".join(text).encode(), digest_size=8).digest()
+
     def _take(self, found: Sequence[float]) -> None:
         if not all(0 <= number <= _LIMB_MASK for number in found):  # nan is not
             raise RemoteProtocolError("the step header's sum holds numbers that no member writes")

@@ -16,6 +16,7 @@ from everstep.config import ManagerSettings, check_count, manager_settings
 from everstep.core.moves import ReplicaConfig
 from everstep.errors import ConfigError
 from everstep.train.drain import DrainOnSigterm
+from everstep.train.group_presence import make_presence
 from everstep.train.header import Contribution
 from everstep.train.presence import Presence, new_nonce
 from everstep.train.recovering import LiveState, Recovery, Stateful
@@ -70,6 +71,8 @@ class Manager:
 
     - `min_replicas`: with fewer replica groups no step commits; it waits, and says so.
     - `init_sync`: all but one group of a new job take over that one's initial weights before step 1.
+    - `group_rank`, `group_size`: this process among the ranks of its group; by default torchrun's RANK and WORLD_SIZE.
+      All ranks make the same steps, and all of a group's agree on each (docs/groups.md).
     - `host`: the local address for the other groups; by default the one on the way to the lighthouse.
     - `proactive_recovery` (EVERSTEP_PROACTIVE_RECOVERY, on): a notice of a peer's failure ends this member's
       collectives at once. Off: they must fail by themselves, within `collective_timeout_s`.
@@ -97,6 +100,8 @@ class Manager:
         proactive_recovery: bool | None = None,
         drain_on_sigterm: bool = True,
         drain_grace_s: float = 20.0,
+        group_rank: int | None = None,
+        group_size: int | None = None,
     ) -> None:
         self._arguments: dict[str, Any] = {
             "lighthouse": lighthouse,
@@ -109,6 +114,8 @@ class Manager:
             "collective_timeout_s": collective_timeout_s,
             "proactive_recovery": proactive_recovery,
             "drain_grace_s": drain_grace_s,
+            "group_rank": group_rank,
+            "group_size": group_size,
         }
         self._drain_grace_s = drain_grace_s
         self._sigterm = DrainOnSigterm(self.drain) if drain_on_sigterm else None
@@ -141,7 +148,7 @@ class Manager:
             freezes_on_notice=settings.proactive_recovery,
             collective_timeout_s=settings.collective_timeout_s,
         )
-        presence = Presence(settings, config, self._host)
+        presence = make_presence(settings, config, self._host)
         presence.__enter__()
         self._presence = presence
         self._stepper = Stepper(presence, Recovery(presence, self._state), self._contribution)
@@ -285,7 +292,7 @@ class Manager:
         def before_vote() -> str:
             return self._before_vote(before_step)
 
-        decision = self._steps().decide(before_vote, objection)
+        decision = self._steps().decide(before_vote, objection, together=before_step is not None)
         if decision.committed:
             self._batches_committed += decision.participants
         else:
@@ -339,6 +346,11 @@ class Manager:
             quorum = presence.replica.quorum
             ids = quorum.member_ids if quorum is not None else ()
             return tuple(map(str, ids)), str(presence.replica.member)
+
+    def group_place(self) -> tuple[int, int]:
+        """This rank within its replica group, and how many there are."""
+        presence = self._here()
+        return presence.group_rank, presence.group_size
 
     def lineage(self) -> str:
         """History, step and digest: equal on members with equal weights."""

@@ -50,7 +50,8 @@ class Optimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        decision = self._manager.decide(self._prepare)
+        is_prepared = self._before_step is not None or self._skip_nonfinite
+        decision = self._manager.decide(self._prepare if is_prepared else None)
         if decision.committed:
             self._optimizer.step()
             for scheduler in self._schedulers:

@@ -16,6 +16,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from types import TracebackType
+from typing import Any
 from urllib.parse import urlsplit
 
 from everstep.collectives.gloo import GlooProcessGroup
@@ -23,7 +24,9 @@ from everstep.collectives.process_group import ReconfigurableProcessGroup
 from everstep.collectives.store import HostedStore
 from everstep.collectives.with_lane import ProcessGroupWithLane
 from everstep.config import ManagerSettings
-from everstep.core.messages import Effect, Exit, Log, Send, Sever, ToMember
+from everstep.core.follower import Follower
+from everstep.core.group import Batch, Outcome
+from everstep.core.messages import Effect, Exit, Log, Send, Sever, Tell, ToMember
 from everstep.core.moves import AskToLeave, Leave, LinkDown, LinkUp, ReplicaConfig, ReplicaEvent, TrainAlone
 from everstep.core.replica import Replica
 from everstep.errors import ConfigError, EverstepError, LighthouseRefused, LighthouseUnreachable
@@ -49,8 +52,8 @@ class Presence:
         self.changed = threading.Condition(threading.RLock())
         self.group: ReconfigurableProcessGroup = GlooProcessGroup()
         self.server: RecoveryServer | None = None
-        self._replica: Replica | None = None
-        self._driver: Driver[ToMember | ReplicaEvent] | None = None
+        self._replica: Replica | Follower | None = None
+        self._driver: Driver[Any] | None = None
         self._client: LinkClient | None = None
         self._store: HostedStore | None = None
         self._fetch: Fetch | None = None
@@ -58,7 +61,7 @@ class Presence:
         self.leaves_alone = False  # asked to leave, and there is nobody to tell
 
     @property
-    def replica(self) -> Replica:
+    def replica(self) -> Replica | Follower:
         """Read it under `changed`."""
         assert self._replica is not None, "start the Manager first: `with es.Manager() as manager`"
         return self._replica
@@ -79,12 +82,10 @@ class Presence:
             self._begin(self._config)
             self.feed(TrainAlone("alone"))
             return
-        host = self._host or _address_towards(lighthouse)
-        self.group = ProcessGroupWithLane(GlooProcessGroup(bind_host=host, threads=2), host)
+        host = self._host or address_towards(lighthouse)
+        url = self._open_servers(host)
         self._store = HostedStore(host)
         self._store.start()
-        self.server = RecoveryServer(ServerOptions(auth=self.auth))
-        url = self.server.start(host, host)
         self._begin(dataclasses.replace(self._config, store=self._store.address, recovery=url))
         credentials = Credentials(job_id=self._settings.job_id, token=self._settings.token)
         target = LinkTarget(
@@ -104,19 +105,34 @@ class Presence:
             self._client.close()
             raise
 
+    def _open_servers(self, host: str) -> str:
+        """What every rank has of its own; returns the recovery server's URL."""
+        self.group = ProcessGroupWithLane(GlooProcessGroup(bind_host=host, threads=2), host)
+        self.server = RecoveryServer(ServerOptions(auth=self.auth))
+        return self.server.start(host, host)
+
+    def _machine(self, config: ReplicaConfig) -> Replica | Follower:
+        return Replica(config)
+
     def _begin(self, config: ReplicaConfig) -> None:
-        self._replica = Replica(config)
+        self._replica = self._machine(config)
         self._driver = Driver(self._replica, self._perform, lock=self.changed, on_crash=self.on_failed)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._client is not None:
-            reason = "done" if error is None else f"{type(error).__name__}"
+        try:
             if error is None or isinstance(error, KeyboardInterrupt | SystemExit):
-                self.feed(Leave(reason))  # after another error no Goodbye: the others go on as after a crash
-            self._client.close()
-        self._close_servers()
+                # After another error no Goodbye: the others go on as after a crash.
+                self._leave("done" if error is None else f"{type(error).__name__}")
+        finally:
+            if self._client is not None:
+                self._client.close()
+            self._close_servers()
+
+    def _leave(self, reason: str) -> None:
+        if self._client is not None:
+            self.feed(Leave(reason))
 
     def _close_servers(self) -> None:
         if self._driver is not None:
@@ -160,6 +176,8 @@ class Presence:
                     self._log(event, fields)
                 case Exit(reason):
                     _exit_stuck(reason)
+                case Tell(message):
+                    self._tell(message)
                 case _:
                     raise AssertionError(f"a member's machine returned {effect}")
         self.changed.notify_all()
@@ -172,7 +190,39 @@ class Presence:
 
     def _where(self) -> tuple[str, str, int, int]:
         step = self._replica.step if self._replica is not None else 0
-        return self._settings.job_id, self._config.replica_id, 0, max(step, 0)
+        return self._settings.job_id, self._config.replica_id, self._settings.group.rank, max(step, 0)
+
+    # ---- with the other ranks of the replica group (group_presence.py); a group of one has nobody to tell
+
+    @property
+    def rank_prefix(self) -> str:
+        """Keeps the ranks' process groups of one quorum apart."""
+        return f"rank{self._settings.group.rank}" if self._settings.group.rank > 0 else ""
+
+    @property
+    def group_rank(self) -> int:
+        return self._settings.group.rank
+
+    @property
+    def group_size(self) -> int:
+        return self._settings.group.size
+
+    @property
+    def own_recovery(self) -> str:
+        """The URL of a follower's recovery server; the leader's stands in the quorum."""
+        return ""
+
+    def begin_batch(self) -> Batch:
+        """The batch that the script begins; the same on every rank."""
+        with self.changed:
+            return self.replica.batch
+
+    def agree(self, outcome: Outcome) -> Outcome:
+        """How the batch ended; the same on every rank."""
+        return outcome
+
+    def _tell(self, message: object) -> None:
+        raise AssertionError(f"nobody to tell {message}")
 
     @contextlib.contextmanager
     def fetching(self, fetch: Fetch) -> Iterator[Fetch]:
@@ -231,7 +281,7 @@ def new_nonce() -> str:
     return secrets.token_hex(8)
 
 
-def _address_towards(lighthouse: str) -> str:
+def address_towards(lighthouse: str) -> str:
     """This host's address on the way to the lighthouse, which is where the other members reach it too."""
     parts = urlsplit(lighthouse)
     host, port = parts.hostname or "", parts.port or 80

@@ -88,12 +88,15 @@ class Recovery:
             self._presence.server.withdraw(self._offered)
             self._offered = None
 
-    def fetch(self, move: Recover) -> None:
-        """Fetch, verify and apply. Raises StepInterrupted, RecoveryFailed or, for good, ConfigError."""
+    def fetch(self, move: Recover, source_url: str) -> None:
+        """Fetch from the source at this URL, verify, apply.
+
+        Raises StepInterrupted, RecoveryFailed or, for good, ConfigError.
+        """
         source = move.quorum.members[move.source]
         started_at = time.monotonic()
         request = FetchRequest(
-            source_url=source.recovery,
+            source_url=source_url,
             key=_key(move.quorum.id, move.lineage),
             deadline=math.inf,  # a failure of the source aborts it; a slow one is waited for
             expected=self._state.save(),
@@ -103,7 +106,7 @@ class Recovery:
             with self._presence.fetching(Fetch(request)) as fetch:
                 state = fetch.run()
         except RemoteProtocolError as error:  # from something else at that address, or a broken peer: ask again
-            raise RecoveryFailed(f"{source.recovery} sent what no source sends: {error}") from error
+            raise RecoveryFailed(f"{source_url} sent what no source sends: {error}") from error
         fetched_at = time.monotonic()
         self._state.load(state)
         self._presence.log.info(

@@ -29,22 +29,37 @@ class DistributedSampler(torch.utils.data.Sampler[list[int]]):
     accumulation) are fine. An epoch ends on every member after the same step; samples beyond its end that the last
     step took are the first of the next epoch. Joiners take the position over from a peer.
 
+    In a replica group of several ranks each rank draws samples of its own. Where some of them need the same ones (they
+    hold parts of one model: tensor or pipeline parallelism), `shard=(i, n)` says that this rank draws the i-th of n
+    shares of its group's; `(0, 1)` on every rank: all draw the same.
+
     `batches` drops what the loader's workers fetched ahead for another membership. All of it belongs to the training
     thread. Every group needs the same `batch_size`, `seed` and dataset length.
     """
 
     def __init__(
-        self, manager: Manager, dataset: Sized, *, batch_size: int, seed: int = 0, shuffle: bool = True
+        self,
+        manager: Manager,
+        dataset: Sized,
+        *,
+        batch_size: int,
+        seed: int = 0,
+        shuffle: bool = True,
+        shard: tuple[int, int] | None = None,
     ) -> None:
         check_count("batch_size", batch_size, 1, 1 << 30)
         check_count("seed", seed, 0, 1 << 62)
         if len(dataset) == 0:
             raise ConfigError("the dataset is empty")
+        if shard is not None:
+            check_count("the number of shards", shard[1], 1, 1 << 20)
+            check_count("shard", shard[0], 0, shard[1] - 1)
         self._manager = manager
         self._length = len(dataset)
         self._batch_size = batch_size
         self._seed = seed
         self._shuffle = shuffle
+        self._given_shard = shard
         self._stream = SampleStream()
         self._contributors: list[str] = []  # of the last committed step
         self._epoch = 0
@@ -145,8 +160,15 @@ class DistributedSampler(torch.utils.data.Sampler[list[int]]):
 
     def step_decided(self, decision: Decision) -> None:
         if decision.committed:
+            shard, shards = self._shard
             drawing = [c for c in decision.contributions.values() if c.slots]
-            numbers = [draw * c.slots + c.slot for c in drawing for draw in range(c.draws)]
+            # The other ranks of each group drew as often as this one: the group has checked that before it voted.
+            numbers = [
+                draw * c.slots + c.slot - shard + other
+                for c in drawing
+                for draw in range(c.draws)
+                for other in range(shards)
+            ]
             self._stream.commit(numbers, self._batch_size)
             self._contributors = [str(member) for member in decision.contributions]
         self._used.clear()
@@ -184,8 +206,13 @@ class DistributedSampler(torch.utils.data.Sampler[list[int]]):
     def _find_slot(self) -> None:
         members, me = self._manager.members()
         slots = slots_of(self._contributors, members)
+        shard, shards = self._shard
         if me in slots:  # else it was left out a moment ago: what it draws now belongs to a step that it has no part in
-            self._slot, self._slots = slots.index(me), len(slots)
+            self._slot, self._slots = slots.index(me) * shards + shard, len(slots) * shards
+
+    @property
+    def _shard(self) -> tuple[int, int]:
+        return self._given_shard if self._given_shard is not None else self._manager.group_place()
 
     def _forget_ahead(self) -> None:
         self._stale = len(self._ahead)

@@ -8,19 +8,22 @@ import dataclasses
 import time
 from collections.abc import Callable
 
-import msgspec
 import torch
 
 from everstep.collectives.process_group import Membership, ReduceOp
 from everstep.collectives.step_journal import Reduction, StepJournal
+from everstep.core.group import Batch, Outcome
 from everstep.core.messages import Activity, Effect
 from everstep.core.moves import (
     BarrierEnded,
     Build,
     CollectiveFailed,
+    Deciding,
     GradientsReduced,
     MoreReductions,
     Move,
+    Prepare,
+    Prepared,
     ReadyToJoin,
     Recover,
     Reduce,
@@ -31,28 +34,16 @@ from everstep.core.moves import (
     Wait,
 )
 from everstep.core.recovery_plan import Claim
-from everstep.core.types import MemberId, Phase, Quorum, QuorumId
-from everstep.errors import GroupDrained, PeerLost, RecoveryFailed, StepInterrupted
+from everstep.core.types import MemberId, Quorum, QuorumId
+from everstep.errors import ConfigError, GroupDrained, PeerLost, RecoveryFailed, StepInterrupted
+from everstep.train.claims import RankClaim, pack, unpack
 from everstep.train.header import Contribution, HeaderCarrier, StepHeader
 from everstep.train.presence import Presence
 from everstep.train.recovering import Recovery
 
 WAIT_SLICE_S = 0.5  # so that Python runs signal handlers while it waits
 SAY_WAITING_AFTER_S = 1.0
-CLAIM_BYTES = 512
 FETCH_AGAIN_S = (0.05, 2.0)
-
-_encode = msgspec.msgpack.Encoder().encode
-_claims = msgspec.msgpack.Decoder(Claim)
-
-
-@dataclasses.dataclass(frozen=True)
-class Batch:
-    """What the gradients at hand were computed for."""
-
-    step: int
-    attempt: int
-    evictions: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,6 +76,7 @@ class Stepper:
         self._has_asked_to_join = False
         self._said = ""  # what it was last said to wait for
         self._fetch_again_s = FETCH_AGAIN_S[0]
+        self._sources: tuple[str, ...] = ()  # where each member's rank of this group rank serves its state
 
     # ---- what the rest of train/ calls
 
@@ -113,8 +105,7 @@ class Stepper:
             self._has_asked_to_join = True
             self._presence.feed(ReadyToJoin())
         self._drive(lambda move: isinstance(move, Reduce))
-        with self._presence.changed:
-            self._batch = self._current_batch()
+        self._batch = self._presence.begin_batch()
 
     def append(self, reduction: Reduction) -> None:
         """Add a reduction to the step and, where the group is up, issue it at once."""
@@ -138,17 +129,18 @@ class Stepper:
     def complete(self) -> None:
         """Block until every reduction so far has its result in place, or the step is decided against this batch."""
         replica = self._presence.replica
-        self._drive(lambda _: replica.phase is Phase.REDUCED and not replica.is_frozen)
+        self._drive(lambda _: replica.has_reduced and not replica.is_frozen)
 
     def wait_for(self, reduction: Reduction) -> None:
         """Block until this one (and those before it) is in place; more may follow in the step."""
         position = self._journal.position(reduction)
         self._drive(lambda _: self._journal.has_finished(position), until=lambda: self._journal.has_finished(position))
 
-    def decide(self, before_vote: Callable[[], str], objection: str = "") -> Decision:
+    def decide(self, before_vote: Callable[[], str], objection: str = "", *, together: bool = False) -> Decision:
         """Vote, and follow whatever happens, until the step is committed or aborted on every member.
 
-        `before_vote` runs once for every completed reduction; what it returns, if anything, is why to vote no.
+        `before_vote` runs once for every completed reduction; what it returns, if anything, is why to vote no. With
+        `together` it does so on all ranks of this group: there may be collectives among them in it.
         """
         self.begin()
         if self._header is None:
@@ -157,6 +149,8 @@ class Stepper:
             with self._presence.changed:
                 self._reopen()
         self._before_vote, self._objection = before_vote, objection
+        if self._presence.group_size > 1:
+            self._presence.feed(Deciding(together))
         self._drive(lambda _: False)
         return self._close()
 
@@ -170,11 +164,15 @@ class Stepper:
             self._presence.check()
             with self._presence.changed:
                 move = self._presence.replica.next_move()
-                if self._is_decided() or is_reached(move):
-                    self._mark(Activity.COMPUTING)
-                    return
-                if self._presence.replica.has_left:
-                    raise GroupDrained
+                if not isinstance(move, Prepare):
+                    if self._is_decided() or is_reached(move):
+                        self._mark(Activity.COMPUTING)
+                        return
+                    if self._presence.replica.has_left:
+                        raise GroupDrained
+                if isinstance(move, Vote) and not self._journal.is_finished:
+                    self._presence.feed(MoreReductions())  # one was added while a failure was being handled
+                    continue
                 if isinstance(move, Wait):
                     waiting_since = self._wait(move, waiting_since)
                     continue
@@ -194,6 +192,9 @@ class Stepper:
                 self._mark(Activity.WAITING)
             case Reduce(quorum):
                 self._try(quorum.id, lambda: self._reduce(quorum, until))
+            case Prepare():
+                self._prepare()
+                self._presence.feed(Prepared())
             case Vote(quorum, must_be_no):
                 self._try(quorum.id, lambda: self._vote(quorum, must_be_no))
 
@@ -229,13 +230,19 @@ class Stepper:
             size=len(quorum.members),
             store=quorum.store,
             timeout_s=presence.replica.config.collective_timeout_s,
+            prefix=presence.rank_prefix,
         )
         group.configure(membership)
-        gathered = group.allgather(_pack(claim))
-        claims = tuple(_claims.decode(_unpack(row)) for row in gathered)
-        presence.feed(BarrierEnded(quorum.id, claims))
+        gathered = group.allgather(pack(RankClaim(claim, presence.group_size, presence.own_recovery)))
+        claims = tuple(map(unpack, gathered))
+        _check_sizes(claims, rank)
+        self._sources = tuple(c.recovery or m.recovery for c, m in zip(claims, quorum.members, strict=True))
+        presence.feed(BarrierEnded(quorum.id, tuple(c.claim for c in claims)))
         with presence.changed:
             replica = presence.replica
+            while replica.awaits_plan and replica.quorum == quorum:  # for the other ranks of this group
+                presence.check()
+                presence.changed.wait(WAIT_SLICE_S)
             is_current = replica.quorum is not None and replica.quorum.id == quorum.id
             plan = replica.plan if is_current and not replica.is_frozen else None
         if plan is not None:
@@ -247,7 +254,7 @@ class Stepper:
     def _fetch(self, move: Recover) -> None:
         quorum_id = move.quorum.id
         try:
-            self._recovery.fetch(move)
+            self._recovery.fetch(move, self._sources[move.source])
         except StepInterrupted:
             return  # frozen: the machine has left this quorum already
         except RecoveryFailed as error:
@@ -272,23 +279,29 @@ class Stepper:
         assert self._header is not None
         self._is_prepared = False
         contributors = len(self._header.contributions)
-        self._presence.feed(GradientsReduced(quorum.id, contributors, self._header.digest(len(journal))))
+        shares = self._header.shares() if self._presence.group_size > 1 else b""
+        self._presence.feed(GradientsReduced(quorum.id, contributors, self._header.digest(len(journal)), shares))
+
+    def _prepare(self) -> None:
+        self._mark(Activity.COMPUTING)
+        if not self._objection or self._presence.group_size > 1:
+            objection = self._before_vote()
+            self._objection = self._objection or objection
+        self._mark(Activity.WAITING)
+        self._is_prepared = True
 
     def _vote(self, quorum: Quorum, must_be_no: bool) -> None:
-        if not self._is_prepared:
-            self._mark(Activity.COMPUTING)
-            self._objection = self._objection or self._before_vote()
-            self._mark(Activity.WAITING)
-            self._is_prepared = True
+        if not self._is_prepared and not (must_be_no and self._presence.group_size > 1):
+            self._prepare()
         if must_be_no:
             self._objection = self._objection or f"{len(quorum.members)} replica groups are fewer than min_replicas"
         cast: list[VoteCast] = []
 
         def cast_vote(_: float) -> list[Effect]:
-            promise = self._presence.replica.cast_vote(not self._objection)
+            promise, effects = self._presence.replica.cast_ballot(self._objection)
             if promise is not None:
                 cast.append(promise)
-            return []
+            return effects
 
         self._presence.run(cast_vote)
         if not cast:
@@ -301,17 +314,13 @@ class Stepper:
 
     # ---- decisions
 
-    def _current_batch(self) -> Batch:
-        replica = self._presence.replica
-        return Batch(replica.step, replica.attempt, replica.evictions)
-
     def _is_decided(self) -> bool:
         """Under the lock: the machine has moved past the batch at hand."""
-        return self._batch is not None and self._batch != self._current_batch()
+        return self._batch is not None and self._batch != self._presence.replica.batch
 
     def _reopen(self) -> None:
         """Under the lock: one more reduction belongs to a step that looked complete."""
-        if self._presence.replica.phase is Phase.REDUCED:
+        if self._presence.replica.has_reduced:
             self._presence.feed(MoreReductions())
 
     def _close(self) -> Decision:
@@ -322,35 +331,33 @@ class Stepper:
             is_committed = replica.evictions == batch.evictions and replica.step == batch.step + 1
             step = replica.step
             is_evicted = replica.evictions != batch.evictions
-        contributions = header.contributions if header is not None and is_committed else {}
         why = "" if is_committed else self._why_not(is_evicted)
+        outcome = self._presence.agree(Outcome(is_committed, step, why))
+        contributions = header.contributions if header is not None and outcome.committed else {}
         self._journal.clear()
         self._header, self._batch, self._objection, self._is_prepared = None, None, "", False
-        if is_committed:
+        if outcome.committed:
             self._recovery.withdraw()
-        return Decision(is_committed, step, why, contributions)
+        return Decision(outcome.committed, outcome.step, outcome.why, contributions)
 
     def _why_not(self, is_evicted: bool) -> str:
         if is_evicted:
             return "this member was left out of the quorum while it was away; it recovers the state from its peers"
-        return self._objection or "another member voted no"
+        return self._presence.replica.objection or self._objection or "another member voted no"
 
 
 def _first_line(error: Exception) -> str:
     return str(error).partition("\n")[0][:200]
 
 
-def _pack(claim: Claim) -> torch.Tensor:
-    content = _encode(claim)
-    assert len(content) < CLAIM_BYTES - 2, "a lineage's history id is far too long"
-    return torch.frombuffer(
-        bytearray(len(content).to_bytes(2, "little") + content.ljust(CLAIM_BYTES - 2, b"\0")), dtype=torch.uint8
-    )
-
-
-def _unpack(row: torch.Tensor) -> bytes:
-    content = bytes(row.tolist())
-    return content[2 : 2 + int.from_bytes(content[:2], "little")]
+def _check_sizes(claims: tuple[RankClaim, ...], rank: int) -> None:
+    """The first member that holds the state sets how many ranks a group has; who differs must go."""
+    first = next((claim for claim in claims if claim.claim.lineage is not None), claims[0])
+    if claims[rank].group_size != first.group_size:
+        raise ConfigError(
+            f"this replica group has {claims[rank].group_size} ranks, the others have {first.group_size}: start every "
+            "group with the same --nproc-per-node and --nnodes"
+        )
 
 
 def _number(quorum_id: QuorumId) -> int:
