@@ -70,9 +70,13 @@ class ManagerSettings:
     collective_timeout_s: float = 300.0
     drain_grace_s: float = 20.0
     proactive_recovery: bool = True
+    backend: str = "gloo"
+    nccl_environment: Mapping[str, str] = dataclasses.field(default_factory=dict, repr=False)  # TORCH_NCCL_*
     group: GroupSettings = dataclasses.field(default_factory=GroupSettings)
 
     def __post_init__(self) -> None:
+        if self.backend not in ("gloo", "nccl"):
+            raise ConfigError(f"backend={self.backend!r} is unknown; use gloo, or nccl for tensors on GPUs")
         check_duration("collective_timeout_s", self.collective_timeout_s)
         check_duration("drain_grace_s", self.drain_grace_s)
         check_job_id("job_id", self.job_id)
@@ -159,6 +163,7 @@ def manager_settings(
     collective_timeout_s: float = 300.0,
     drain_grace_s: float = 20.0,
     proactive_recovery: bool | None = None,
+    backend: str = "gloo",
     group_rank: int | None = None,
     group_size: int | None = None,
     environ: Mapping[str, str] | None = None,
@@ -183,6 +188,8 @@ def manager_settings(
         connect_timeout_s=connect_timeout_s,
         collective_timeout_s=collective_timeout_s,
         drain_grace_s=drain_grace_s,
+        backend=backend,
+        nccl_environment={name: value for name, value in env.items() if name.startswith("TORCH_NCCL_")},
         proactive_recovery=(
             proactive_recovery if proactive_recovery is not None else _flag_in(env, "EVERSTEP_PROACTIVE_RECOVERY", True)
         ),

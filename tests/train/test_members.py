@@ -2,6 +2,9 @@
 
 from collections import Counter
 
+import pytest
+import torch
+
 from tests.train.job import Job, assert_nothing_lost, assert_same_bits
 
 SAMPLES = 512
@@ -147,3 +150,11 @@ def test_with_init_sync_off_every_member_keeps_its_own_initial_weights() -> None
         job.stop()
         assert_same_bits(members)
         assert not any(line.startswith("recovered") for member in members for line in member.logs)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_nccl_where_there_is_no_gpu_is_a_config_error_that_says_what_to_do() -> None:
+    with Job(1) as job:
+        worker = job.start(0, options={"backend": "nccl"})
+        job.until_gone(worker)
+        assert worker.error.startswith("ConfigError: nccl was asked for"), worker.error

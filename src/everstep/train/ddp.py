@@ -29,6 +29,8 @@ class DistributedDataParallel(torch.nn.Module):
         parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
         if not parameters:
             raise ConfigError("the module has no parameter that requires a gradient; there is nothing to train")
+        if manager.backend == "gloo" and any(parameter.is_cuda for parameter in parameters):
+            raise ConfigError("the model is on a GPU, and gloo reduces on the CPU: use Manager(backend='nccl')")
         self._buckets = make_buckets(parameters)
         self._buffer_buckets = _make_buffer_buckets(module)
         self._launched = 0

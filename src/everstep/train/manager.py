@@ -76,6 +76,7 @@ class Manager:
     - `host`: the local address for the other groups; by default the one on the way to the lighthouse.
     - `proactive_recovery` (EVERSTEP_PROACTIVE_RECOVERY, on): a notice of a peer's failure ends this member's
       collectives at once. Off: they must fail by themselves, within `collective_timeout_s`.
+    - `backend`: "gloo" for tensors on the CPU; "nccl" for those on this process's current GPU as well.
     - `drain_on_sigterm`: SIGTERM asks to leave at a step boundary, as `drain()` does; a second one ends the process.
       Only where the script has no handler of its own, and only from the main thread.
     - `drain_grace_s`: how long a leaver waits for somebody to take its place before it leaves as it is.
@@ -98,6 +99,7 @@ class Manager:
         connect_timeout_s: float = 30.0,
         collective_timeout_s: float = 300.0,
         proactive_recovery: bool | None = None,
+        backend: str = "gloo",
         drain_on_sigterm: bool = True,
         drain_grace_s: float = 20.0,
         group_rank: int | None = None,
@@ -113,11 +115,13 @@ class Manager:
             "connect_timeout_s": connect_timeout_s,
             "collective_timeout_s": collective_timeout_s,
             "proactive_recovery": proactive_recovery,
+            "backend": backend,
             "drain_grace_s": drain_grace_s,
             "group_rank": group_rank,
             "group_size": group_size,
         }
         self._drain_grace_s = drain_grace_s
+        self.backend = backend
         self._sigterm = DrainOnSigterm(self.drain) if drain_on_sigterm else None
         self._init_sync = init_sync
         self._host = host

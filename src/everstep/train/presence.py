@@ -19,7 +19,10 @@ from types import TracebackType
 from typing import Any
 from urllib.parse import urlsplit
 
+import torch
+
 from everstep.collectives.gloo import GlooProcessGroup
+from everstep.collectives.nccl import NcclProcessGroup, ProcessGroupByDevice
 from everstep.collectives.process_group import ReconfigurableProcessGroup
 from everstep.collectives.store import HostedStore
 from everstep.collectives.with_lane import ProcessGroupWithLane
@@ -107,7 +110,11 @@ class Presence:
 
     def _open_servers(self, host: str) -> str:
         """What every rank has of its own; returns the recovery server's URL."""
-        self.group = ProcessGroupWithLane(GlooProcessGroup(bind_host=host, threads=2), host)
+        group: ReconfigurableProcessGroup = GlooProcessGroup(bind_host=host, threads=2)
+        if self._settings.backend == "nccl":
+            device = torch.device("cuda", torch.cuda.current_device() if torch.cuda.is_available() else 0)
+            group = ProcessGroupByDevice(group, NcclProcessGroup(device, environ=self._settings.nccl_environment))
+        self.group = ProcessGroupWithLane(group, host)
         self.server = RecoveryServer(ServerOptions(auth=self.auth))
         return self.server.start(host, host)
 
