@@ -113,7 +113,7 @@ class EventStreams:
         finally:
             self._readers -= 1
             feed.readers -= 1
-            if feed.log is None and not feed.readers and self._feeds.get(job_id) is feed:
+            if not feed.readers and self._feeds.get(job_id) is feed and self._snapshot(job_id) is None:
                 del self._feeds[job_id]
         return response
 
