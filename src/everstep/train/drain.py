@@ -1,5 +1,6 @@
 """SIGTERM as a request to leave: what a cluster sends before it takes a node away."""
 
+import contextlib
 import logging
 import os
 import signal
@@ -34,5 +35,6 @@ class DrainOnSigterm:
         if os.getpid() != self._pid:  # a forked child inherits the handler, and is no member
             os.kill(os.getpid(), signal.SIGTERM)
             return
-        os.write(2, b"everstep: SIGTERM: this group leaves at the next step boundary\n")
         self._ask()
+        with contextlib.suppress(OSError):  # nobody holds the other end
+            os.write(2, b"everstep: SIGTERM: this group leaves at the next step boundary\n")

@@ -173,9 +173,9 @@ class Manager:
         self._end(kind, error, trace)
 
     def _end(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        presence, self._presence = self._presence, None
         if self._sigterm is not None:
-            self._sigterm.remove()
+            self._sigterm.remove()  # it asks the presence
+        presence, self._presence = self._presence, None
         if presence is not None:
             presence.__exit__(kind, error, trace)
 

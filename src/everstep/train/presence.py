@@ -41,6 +41,7 @@ from everstep.logs import JobLog
 from everstep.recovery import Fetch, RecoveryServer, ServerOptions, TransferAuth
 
 EXIT_STUCK = 91
+EXIT_STUCK_S = 3.0  # it may stand still because nobody reads its stderr
 
 
 class Presence:
@@ -278,6 +279,9 @@ class Presence:
 
 def _exit_stuck(reason: str) -> None:
     """On the link's thread. The training thread stands still: it cannot be told, only shown, and ended."""
+    ending = threading.Timer(EXIT_STUCK_S, os._exit, (EXIT_STUCK,))
+    ending.daemon = True
+    ending.start()
     sys.stderr.write(f"everstep: this process ends, because {reason}; its threads are here:\n")
     sys.stderr.flush()
     faulthandler.dump_traceback(sys.__stderr__ or 2, all_threads=True)
