@@ -301,9 +301,9 @@ class Replica(ReplicaState):
         self.plan = self._plan(event.claims)
         self.is_settled = self.lineage is not None
         fields: dict[str, object] = {"quorum": str(self.quorum.id), "rank": self.rank, "step": self.plan.lineage.step}
-        fields["members"] = ",".join(str(m) for m in self.quorum.member_ids[:NAMES_MAX])
+        fields["members"] = ",".join(str(m.id) for m in self.quorum.members[:NAMES_MAX])
         if self.lineage is None and self.rank is not None:
-            fields["state_from"] = str(self.quorum.member_ids[self.plan.source_of[self.rank]])
+            fields["state_from"] = str(self.quorum.members[self.plan.source_of[self.rank]].id)
         return [Log("settled", fields)]
 
     def _state_recovered(self, quorum_id: QuorumId) -> list[Effect]:
