@@ -108,6 +108,7 @@ class Follower(ReplicaState):
     def beat(self, now: float) -> RankBeat:
         """What this rank's training thread is doing, for the group's heartbeat."""
         own = self.heartbeat(now)
+        self._beat_at = now + self.beat_interval_s
         return RankBeat(own.activity, own.activity_s, own.section, own.longest_s)
 
     # ---- what the training thread asks

@@ -83,7 +83,7 @@ class Replica(ReplicaState):
             case LinkUp():
                 return self._link_up()
             case LinkDown():
-                self._is_up, self._beat_at = False, None
+                self._is_up, self._beat_at, self._put_off = False, None, None  # an open round is told again
                 return []
             case ReadyToJoin():
                 was_ready, self._is_ready = self._is_ready, True
@@ -111,8 +111,8 @@ class Replica(ReplicaState):
     def tick(self, now: float) -> list[Effect]:
         out: list[Effect] = []
         if self._beat_at is not None and now >= self._beat_at:
-            self._beat_at = now + self._beat_interval_s
             out += self._send(self.heartbeat(now))
+            self._beat_at = now + self._beat_interval_s
         if self._doubt_at is not None and now >= self._doubt_at:
             self._doubt_at = now + FAILED_AGAIN_S
             if self.quorum is not None:
@@ -126,7 +126,9 @@ class Replica(ReplicaState):
         return min((d for d in (self._beat_at, self._doubt_at, leave_at) if d is not None), default=None)
 
     def _ask_to_leave(self, leave_at: float | None) -> list[Effect]:
-        self.wants_to_leave, self._leave_at = True, leave_at
+        self.wants_to_leave = True
+        if leave_at is not None:
+            self._leave_at = min(leave_at, self._leave_at or leave_at)
         return self._leave("drained before it had joined") if self.quorum is None else self._send(Drain())
 
     # ---- the link (L1 to L6)
@@ -280,7 +282,8 @@ class Replica(ReplicaState):
         if message.member != self.member:
             return []
         out: list[Effect] = [Log("evicted", {"member": str(self.member), "why": message.detail})]
-        if self.wants_to_leave:
+        self._put_off = None
+        if self.wants_to_leave or self.has_left:
             self.has_left = True
             return out
         out += self._leave_group()

@@ -21,6 +21,7 @@ from everstep.core.types import (
 STEPS_WARM_UP = 3  # of a process: they compile, allocate and fill caches, and say nothing of those that follow
 LONGEST_DECAY = 0.99  # a step: one slow step is forgotten after some hundred
 SECTION_CHARS_MAX = 64
+PAUSE_S = 1.0  # a heartbeat so late says that nothing of this process ran meanwhile
 LISTS_KEPT_MAX = 16  # member lists kept so that the lighthouse may send differences
 
 
@@ -60,6 +61,7 @@ class ReplicaState:
         self._beat_at: float | None = None
         self._beat_interval_s = 0.0
         self._doing = (Activity.STARTING, 0.0)
+        self._pause = (0.0, 0.0)  # the last: until when, and how long
         self._sections: tuple[str, ...] = ()
         self._had_section = False  # since it began to compute
         self._steps = 0  # committed in this process
@@ -89,6 +91,11 @@ class ReplicaState:
 
     def heartbeat(self, now: float) -> Heartbeat:
         activity, since = self._doing
+        if self._beat_at is not None and now - self._beat_at >= PAUSE_S:
+            self._pause = (now, now - self._beat_at)
+        paused_until, paused_s = self._pause
+        if since < paused_until:
+            since += paused_s  # its own lateness is held against nobody
         return Heartbeat(
             step=max(0, self.step),
             phase=int(self.phase),
