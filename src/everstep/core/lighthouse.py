@@ -13,6 +13,7 @@ from everstep.core.failure_detector import FailureDetector
 from everstep.core.founding import GONE_FOR_CERTAIN, FoundingDesk
 from everstep.core.lighthouse_state import JobConfig, JobState
 from everstep.core.messages import (
+    Activity,
     Adopted,
     Cause,
     Close,
@@ -184,13 +185,22 @@ class LighthouseMachine:
         state, member = self._state, peer.member
         if not state.is_current(member) or member in state.suspects:
             self._progress.forget(member)
-            return []
+            return self._take_back(member, beat)
         self._progress.beat(member, beat, now)
         stuck = self._progress.verdict(member) if state.round is None else None
         if stuck is None:
             return []
         state.condemn(member)
         return self._changes.suspect(member, Cause.STUCK, stuck.detail, now)
+
+    def _take_back(self, member: MemberId, beat: Heartbeat) -> list[Effect]:
+        """One that was stuck moves on before a Grant left it out: it may be the only one that holds the state."""
+        state = self._state
+        is_undecided = state.round is not None and state.is_current(member) and member in state.stuck
+        if not is_undecided or beat.activity is not Activity.WAITING:
+            return []
+        del state.stuck[member]
+        return [*self._changes.clear(member, "it moves on"), *self._changes.notice_again(member)]
 
     def _adopted(self, quorum_id: QuorumId, now: float) -> list[Effect]:
         state = self._state

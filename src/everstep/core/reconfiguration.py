@@ -39,14 +39,15 @@ class Reconfigurer:
         out: list[Effect] = []
         self._joiners.pop(member, None)
         if member in state.suspects:
-            if state.suspects[member] in (Cause.SILENT, Cause.NO_READY):
-                state.suspects[member] = cause  # firmer evidence than silence
+            if state.suspects[member] in (Cause.SILENT, Cause.NO_READY, Cause.STUCK):
+                state.suspects[member] = cause  # firmer evidence than silence, or that it stood still
             return out
         if member not in state.known_members:
             return self._refuse([member], "not heard of while it waited to join: " + detail)
         state.suspects[member] = cause
         out.append(Log("member suspected", {"member": str(member), "cause": cause.value, "detail": detail}))
-        out.append(of_member(EventKind.MEMBER_FAILED, member, quorum=state.current, cause=cause, evidence=detail))
+        if cause is not Cause.LEFT:  # that was told when it said so, and is no failure
+            out.append(of_member(EventKind.MEMBER_FAILED, member, quorum=state.current, cause=cause, evidence=detail))
         if not state.is_current(member):
             out += self._refuse([member], "suspected while joining: " + detail)
         if state.round is not None:
@@ -63,7 +64,9 @@ class Reconfigurer:
 
     def clear(self, member: MemberId, why: str) -> list[Effect]:
         """It was suspect, and has shown that it can answer."""
-        if self._state.suspects.pop(member, None) is None:
+        if member in self._state.stuck:
+            return []  # its link answers; its training thread would not
+        if self._state.suspects.pop(member, None) in (None, Cause.LEFT):
             return []
         return [of_member(EventKind.MEMBER_CLEARED, member, quorum=self._state.current, evidence=why)]
 
@@ -112,7 +115,7 @@ class Reconfigurer:
         out: list[Effect] = []
         member = report.member
         if member in state.stuck:
-            return []  # its link answers; its training thread would not
+            return []
         if member in state.known_members:
             out += self.clear(member, "it answered the round")
         state.round.reports[member] = report
