@@ -1,6 +1,6 @@
 """The lighthouse under many members: real links, the server in a process on one core, members simulated in this one.
 
-    python bench/lighthouse.py [--members 1000] [--failures 10] [--json]
+    python bench/lighthouse.py [--members 1000] [--failures 10] [--quiet-s 5] [--json]
 
 Every failure closes one member's link (it connects again as a fresh process afterwards). Prints milliseconds (min /
 median / max): the last Notice after the first, the last Grant after the last Ready; the server's CPU share for the
@@ -29,7 +29,6 @@ from everstep.link.auth import Credentials
 from everstep.link.dial import LinkTarget, dial
 
 HEARTBEAT_S = 0.5
-QUIET_S = 5.0
 
 
 class Instants:
@@ -88,7 +87,7 @@ class Bench:
         self.switched = 0
         self.instants = Instants()
 
-    async def run(self, address: str, server: int, failures: int) -> dict[str, Any]:
+    async def run(self, address: str, server: int, failures: int, quiet_s: float) -> dict[str, Any]:
         connector = aiohttp.TCPConnector(limit=0, force_close=True)
         target = LinkTarget(url=f"http://{address}", credentials=Credentials(job_id="bench"))
         before = memory_of(server)
@@ -104,7 +103,7 @@ class Bench:
             beats = asyncio.create_task(self._beat(members))
             await asyncio.sleep(1.0)
             cpu, began_at = cpu_of(server), time.perf_counter()
-            await asyncio.sleep(QUIET_S)
+            await asyncio.sleep(quiet_s)
             share = (cpu_of(server) - cpu) / (time.perf_counter() - began_at)
             found["heartbeat_cpu_percent"] = round(100 * share, 1)
             notified, granted = [], []
@@ -165,6 +164,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--members", type=int, default=1000)
     parser.add_argument("--failures", type=int, default=10)
+    parser.add_argument("--quiet-s", type=float, default=5.0, help="how long only heartbeats are measured")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -182,7 +182,7 @@ def main() -> None:
         address = server.stdout.readline().decode().split()[-1]
         if len(cores) > 1:
             os.sched_setaffinity(0, cores[1:])
-        found = asyncio.run(Bench(options.members).run(address, server.pid, options.failures))
+        found = asyncio.run(Bench(options.members).run(address, server.pid, options.failures, options.quiet_s))
     finally:
         server.terminate()
         server.wait(10)

@@ -1,4 +1,7 @@
-"""Kills replica groups of the rival's job, as recovery.py kills ours, with its timeouts tuned for speed."""
+"""Kills replica groups of the rival's job, as recovery.py kills ours, with its timeouts tuned for speed.
+
+The join timeout decides its median: after it, survivors are a quorum even before the dead one's heartbeat expires.
+"""
 
 import random
 import sys
@@ -11,6 +14,7 @@ from rival import lighthouse, require
 
 WORKER = Path(__file__).parent / "rival_worker.py"
 HEARTBEAT_TIMEOUT_S = 1.0  # its default is 5 s
+JOIN_TIMEOUT_S = 0.1  # its default is 60 s
 COLLECTIVE_TIMEOUT_S = 5.0  # its default is 60 s: blocked survivors of a kill among 5 groups wait for it
 STEPS_BETWEEN = 10
 
@@ -19,7 +23,8 @@ def measure_rival(groups: int, kills: int, seed: int) -> dict[str, Any]:
     require()
     next_commit: list[float] = []
     uncommitted = 0
-    options = {"min_replicas": 1, "heartbeat_timeout_ms": int(HEARTBEAT_TIMEOUT_S * 1e3), "join_timeout_ms": 100}
+    timeouts = {"heartbeat_timeout_ms": int(HEARTBEAT_TIMEOUT_S * 1e3), "join_timeout_ms": int(JOIN_TIMEOUT_S * 1e3)}
+    options = {"min_replicas": 1, **timeouts}
     with lighthouse(**options) as address, RivalCampaign(groups, seed, address) as job:
         for _ in range(kills):
             job.until_whole()
@@ -35,7 +40,10 @@ def measure_rival(groups: int, kills: int, seed: int) -> dict[str, Any]:
             uncommitted += job.lost
             victim.process.wait()
             job.start(victim.number)
-    note = f"lost {uncommitted}; heartbeat timeout {HEARTBEAT_TIMEOUT_S:g} s, Gloo timeout {COLLECTIVE_TIMEOUT_S:g} s"
+    note = (
+        f"lost {uncommitted}; tuned: heartbeat timeout {HEARTBEAT_TIMEOUT_S:g} s (default 5), "
+        f"join timeout {JOIN_TIMEOUT_S:g} s (60), Gloo timeout {COLLECTIVE_TIMEOUT_S:g} s (60)"
+    )
     return {"groups": groups, "kills": kills, "next_commit": spread(next_commit), "lost": uncommitted, "note": note}
 
 

@@ -1,5 +1,6 @@
 """Every benchmark runs in a small configuration and prints what its documentation promises."""
 
+import importlib
 import json
 import os
 import subprocess
@@ -39,6 +40,40 @@ def test_recovery_splits_the_time_and_counts_what_was_lost() -> None:
     assert (row["groups"], row["kills"], row["lost"], row["moved"]) == (3, 1, 0, 0)
     times = [row[name][1] for name in ("seen", "notified", "granted", "reconfigured", "without_it")]
     assert times == sorted(times)
+
+
+def test_lighthouse_times_a_failure_among_its_members() -> None:
+    found = run("bench/lighthouse.py", "--members", "20", "--failures", "2", "--quiet-s", "0.5")
+    assert found["members"] == 20
+    for key in ("failure_to_last_grant_ms", "notice_spread_ms", "last_ready_to_last_grant_ms"):
+        assert len(found[key]) == 3
+    assert found["heartbeat_cpu_percent"] >= 0
+
+
+@pytest.mark.parametrize(
+    ("what", "samples", "is_flat"),
+    [
+        ("fds", [24.0, 24, 25, 24, 24, 25, 25, 24], True),  # a transient one, however often
+        ("fds", [24.0, 24, 24, 24, 24, 24, 25, 25], False),  # one more than before, for good
+        ("fds", [24.0, 24, 25], None),
+        ("rss_mib", [100.0, 100, 101, 101, 101, 101, 103, 103], True),
+        ("rss_mib", [100.0, 100, 101, 101, 103, 103, 106, 106], False),
+    ],
+)
+def test_the_soak_tells_a_leak_from_what_comes_and_goes(
+    what: str, samples: list[float], is_flat: bool | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "bench"))
+    judge = importlib.import_module("soak").judge
+    assert judge("survivor", what, samples)["is_flat"] is is_flat
+
+
+@pytest.mark.soak
+def test_a_short_soak_reports_every_figure() -> None:
+    result = run("bench/soak.py", "--minutes", "0.1")
+    assert [row["what"] for row in result["rows"]] == ["rss_mib", "fds", "threads"] * 2
+    assert (result["lost"], result["why_lost"]) == (0, [])
+    assert result["kills"] >= 1
 
 
 @pytest.mark.soak
