@@ -79,7 +79,15 @@ def test_a_short_soak_reports_every_figure() -> None:
 @pytest.mark.soak
 def test_recovery_sweeps_over_the_phases_of_a_step() -> None:
     rows = run("bench/recovery.py", "--kills", "1", "--groups", "3", "--sweep")["rows"]
-    assert [row["point"] for row in rows] == ["forward", "backward", "reduction", "reduced", "vote", "optimizer"]
+    assert [row["point"] for row in rows] == [
+        "forward",
+        "backward",
+        "reduction",
+        "reduced",
+        "vote",
+        "optimizer",
+        "stepped",
+    ]
     assert not any(row["lost"] or row["moved"] for row in rows)
 
 

@@ -187,7 +187,7 @@ class LighthouseMachine:
             self._progress.forget(member)
             return self._take_back(member, beat)
         self._progress.beat(member, beat, now)
-        stuck = self._progress.verdict(member) if state.round is None else None
+        stuck = self._progress.verdict(member, now) if state.round is None else None
         if stuck is None:
             return []
         state.condemn(member)

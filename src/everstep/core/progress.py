@@ -1,8 +1,9 @@
 """Who of a quorum is stuck: alive on its link, while its training thread stands still and all the others wait for it.
 
 Heartbeats say what a member's training thread is doing and for how long. One that computes is given ten times the
-longest that any member computed lately between two collectives; one that has not made enough steps yet (imports,
-compilation, the first batches) gets a long fixed time. Whoever has a section open is left alone.
+longest that any member computed lately between two collectives, counted from when the last of the others began to wait;
+one that has not made enough steps yet (imports, compilation, the first batches) gets a long fixed time. Whoever has a
+section open is left alone, and so is a majority.
 
 The limit's idea is from adaptive accrual detectors and NVIDIA's resiliency extension (learned section timeouts), the
 judgement by others' waiting is our own: a job whose members all compute for an hour is well.
@@ -48,6 +49,7 @@ class ProgressJudge:
         self._laggards: dict[MemberId, _Row] = {}
         self._waiting: dict[MemberId, None] = {}
         self._quorum: Quorum | None = None
+        self._waited_since = 0.0  # when the last one to begin to wait did so
         self._longest: dict[MemberId, float] = {}
         self._longest_s = 0.0
 
@@ -55,6 +57,7 @@ class ProgressJudge:
         if beat.activity is Activity.WAITING:
             self._laggards.pop(member, None)
             self._waiting[member] = None
+            self._waited_since = max(self._waited_since, now - beat.activity_s)
         else:
             self._waiting.pop(member, None)
             since = now - beat.activity_s
@@ -82,14 +85,14 @@ class ProgressJudge:
 
     def next_deadline(self) -> float | None:
         """When somebody's heartbeat is wanted to judge it; None while nobody is being waited for."""
-        if not self._waiting or not 0 < len(self._laggards) <= LAGGARDS_MAX:
+        if not self._are_few():
             return None
         deadlines = []
         for row in self._laggards.values():
             if row.beat.activity is not Activity.COMPUTING or row.beat.section:
                 return None
             if row.asked_at < 0:
-                deadlines.append(row.since + self.limit_of(row.beat))
+                deadlines.append(max(row.since, self._waited_since) + self.limit_of(row.beat))
         return max(deadlines, default=None)
 
     def ask(self, now: float) -> list[MemberId]:
@@ -101,15 +104,19 @@ class ProgressJudge:
             row.asked_at = now
         return list(self._laggards)
 
-    def verdict(self, member: MemberId) -> Stuck | None:
+    def verdict(self, member: MemberId, now: float) -> Stuck | None:
         """After `member`'s heartbeat: whether it is stuck. All others wait, or are over their own limit."""
         row = self._laggards.get(member)
-        if row is None or row.asked_at < 0 or not self._waiting:
+        if row is None or row.asked_at < 0 or not self._are_few() or now < self._waited_since + self.limit_of(row.beat):
             return None
         if any(not self._is_over(other) for other in self._laggards.values()):
             return None
         limit = self.limit_of(row.beat)
         return Stuck(member, f"no progress for {row.beat.activity_s:.1f} s (limit {limit:.1f} s) while others wait")
+
+    def _are_few(self) -> bool:
+        """A majority is never the one that is stuck: what all do for long, they do on purpose."""
+        return 0 < len(self._laggards) <= min(LAGGARDS_MAX, len(self._waiting))
 
     def limit_of(self, beat: Heartbeat) -> float:
         policy = self._policy
