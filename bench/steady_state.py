@@ -2,7 +2,8 @@
 
     python bench/steady_state.py [--blocks 20] [--steps 50] [--with torchft] [--json]
 
-Prints milliseconds a step (min / median / max over blocks) and the difference, for 1.2 k and 1 M parameters.
+Prints milliseconds a step (min / median / max over blocks), and of each block the difference from the plain DDP block
+beside it and the ratio to it, for 1.2 k and 1 M parameters.
 """
 
 import argparse
@@ -149,7 +150,9 @@ def main() -> None:
     for name, blocks in found.items():
         row: dict[str, Any] = {"parameters": name} | {kind: spread(times) for kind, times in blocks.items()}
         for kind in blocks.keys() - {"ddp"}:
-            row[f"{kind}_over_ddp"] = spread([a - b for a, b in zip(blocks[kind], blocks["ddp"], strict=True)])
+            pairs = list(zip(blocks[kind], blocks["ddp"], strict=True))
+            row[f"{kind}_over_ddp"] = spread([ours - plain for ours, plain in pairs])
+            row[f"{kind}_ratio"] = spread([ours / plain for ours, plain in pairs])
         rows.append(row)
     if options.json:
         print(json.dumps({"benchmark": "steady_state", "rows": rows}))
@@ -162,7 +165,7 @@ def main() -> None:
         *(
             f"{kind}{over}"
             for kind in ("everstep", *([options.rival] * bool(options.rival)))
-            for over in ("", "_over_ddp")
+            for over in ("", "_over_ddp", "_ratio")
         ),
     ]
     print(f"{'parameters':>10}  " + "  ".join(f"{kind:>22}" for kind in kinds))

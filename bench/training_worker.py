@@ -24,7 +24,8 @@ from everstep.demo.gpt import GPT, GPTConfig
 from everstep.demo.text import standard_library_text
 from everstep.demo.worker import BATCH_SIZE, LEARNING_RATE, Windows
 
-POINTS = ("forward", "backward", "reduction", "reduced", "vote", "optimizer")
+# "optimizer": committed, no parameter changed yet; "stepped": in optimizer.step(), after the parameters changed.
+POINTS = ("forward", "backward", "reduction", "reduced", "vote", "optimizer", "stepped")
 
 
 def report(event: str, **fields: Any) -> None:
@@ -100,6 +101,7 @@ def main() -> None:
         model = es.DistributedDataParallel(manager, net)
         inner = torch.optim.AdamW(net.parameters(), lr=LEARNING_RATE)
         inner.register_step_pre_hook(lambda *_: orders.strike("optimizer"))
+        inner.register_step_post_hook(lambda *_: orders.strike("stepped"))
         optimizer = es.Optimizer(manager, inner, before_step=lambda: orders.strike("reduced"))
         sampler = es.DistributedSampler(manager, dataset, batch_size=BATCH_SIZE)
         loader = DataLoader(dataset, batch_sampler=sampler)

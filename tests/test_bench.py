@@ -32,7 +32,7 @@ def run(*command: str) -> dict[str, Any]:
 def test_steady_state_pairs_plain_ddp_and_everstep() -> None:
     rows = run("bench/steady_state.py", "--blocks", "2", "--steps", "5")["rows"]
     assert [row["parameters"] for row in rows] == ["1.2 k", "1 M"]
-    assert all(len(row[key]) == 3 for row in rows for key in ("ddp", "everstep", "everstep_over_ddp"))
+    assert all(len(row[key]) == 3 for row in rows for key in ("ddp", "everstep", "everstep_over_ddp", "everstep_ratio"))
 
 
 def test_recovery_splits_the_time_and_counts_what_was_lost() -> None:
