@@ -35,6 +35,7 @@ def test_steady_state_pairs_plain_ddp_and_everstep() -> None:
     assert all(len(row[key]) == 3 for row in rows for key in ("ddp", "everstep", "everstep_over_ddp", "everstep_ratio"))
 
 
+@pytest.mark.soak
 def test_recovery_splits_the_time_and_counts_what_was_lost() -> None:
     (row,) = run("bench/recovery.py", "--kills", "1", "--groups", "3")["rows"]
     assert (row["groups"], row["kills"], row["lost"], row["moved"]) == (3, 1, 0, 0)
@@ -91,6 +92,7 @@ def test_recovery_sweeps_over_the_phases_of_a_step() -> None:
     assert not any(row["lost"] or row["moved"] for row in rows)
 
 
+@pytest.mark.soak
 def test_failures_times_a_notice() -> None:
     rows = run("bench/failures.py", "--times", "1", "--only", "notice")["rows"]
     assert list(rows) == ["notice to a subscriber, ms"]

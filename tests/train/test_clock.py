@@ -5,6 +5,8 @@ import subprocess
 import time
 from pathlib import Path
 
+import pytest
+
 from tests.support.processes import Spawned, Spawner
 
 ROOT = Path(__file__).parent.parent.parent
@@ -46,6 +48,7 @@ def until_step(worker: Spawned, step: int) -> None:
     worker.expect_line(lambda line: line.startswith("step ") and int(line.split()[1]) >= step, 60.0)
 
 
+@pytest.mark.soak
 def test_a_clock_that_jumps_by_an_hour_accuses_nobody(spawn: Spawner, tmp_path: Path) -> None:
     source, library, flag = tmp_path / "clock.c", tmp_path / "clock.so", tmp_path / "an hour later"
     source.write_text(SHIM)

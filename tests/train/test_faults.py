@@ -38,7 +38,7 @@ def test_a_death_at_each_point_of_a_step(groups: int, point: str) -> None:
         assert_well(job, ["1"])
 
 
-@pytest.mark.parametrize("apart_s", [0.0, 0.001])
+@pytest.mark.parametrize("apart_s", [pytest.param(0.0, marks=pytest.mark.soak), 0.001])
 def test_two_groups_killed_a_millisecond_apart(apart_s: float) -> None:
     with Job(5) as job:
         job.start_all()
@@ -127,6 +127,7 @@ def test_a_slow_first_step_and_a_long_validation_evict_nobody() -> None:
         assert_well(job, [])
 
 
+@pytest.mark.soak
 def test_a_group_that_is_stopped_again_and_again_comes_back_each_time() -> None:
     with Job(3, heartbeat_timeout_s=0.5) as job:
         job.start_all()

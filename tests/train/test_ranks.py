@@ -5,6 +5,8 @@ import signal
 import time
 from pathlib import Path
 
+import pytest
+
 from everstep.config import LighthouseSettings
 from everstep.lighthouse.app import Lighthouse
 from tests.support.processes import Spawner
@@ -53,6 +55,7 @@ def test_a_rank_killed_anywhere_ends_its_group_alone_and_the_group_comes_back() 
         assert_ranks_agree(job)
 
 
+@pytest.mark.soak
 def test_the_objection_of_one_rank_aborts_the_step_on_every_rank_of_every_group() -> None:
     with RankedJob(2) as job:
         job.start_teams({(0, 0): {"object_at_step": 6}, (1, 1): {"object_at_step": 8}})
@@ -88,6 +91,7 @@ def test_a_notice_frees_followers_from_a_reduction_that_would_never_end() -> Non
         assert took_s < 3.0, "not within a heartbeat timeout"
 
 
+@pytest.mark.soak
 def test_a_stopped_follower_gets_its_group_evicted_and_it_returns_with_its_peers_state() -> None:
     with RankedJob(3, heartbeat_timeout_s=1.0) as job:
         job.start_teams()
