@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from everstep.config import LighthouseSettings
+from everstep.core.events import EventKind
 from everstep.lighthouse.app import Lighthouse
 from tests.support.processes import Spawner
 from tests.train.job import assert_nothing_lost
@@ -166,3 +167,34 @@ def test_two_torchruns_of_two_ranks_train_one_model(tmp_path: Path, spawn: Spawn
         said = [line for run in runs for line in run.output().splitlines() if line.startswith("WEIGHTS")]
         assert len(said) == 4, said
         assert len(set(said)) == 1, said
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_sigterm_to_one_rank_lets_its_whole_group_leave_and_no_step_fails(rank: int) -> None:
+    with RankedJob(2) as job:
+        job.start_teams()
+        stayers, leavers = job.team[0], job.team[1]
+        job.until_steps(job.everyone(), 5)
+        leavers[rank].process.terminate()
+        job.until(lambda: all(member.has_ended for member in leavers), "the group leaves", deadline_s=30)
+        for member in leavers:
+            member.process.join(10)
+            assert member.process.exitcode == 0, job.describe()
+        job.until(lambda: all(member.participants == 1 for member in stayers), "the others go on")
+        job.stop(stayers)
+        assert_nothing_lost(job.everyone())
+        assert_ranks_agree(job)
+        assert not [event for event in job.events() if event.kind in (EventKind.MEMBER_FAILED, EventKind.ROUND_OPENED)]
+
+
+@pytest.mark.soak
+def test_a_group_of_ranks_that_puts_notices_off_goes_on_after_a_kill() -> None:
+    with RankedJob(3) as job:
+        options = {"proactive_recovery": False, "collective_timeout_s": 3.0}
+        job.start_teams({(1, 1): {"die_in": "backward", "at_step": 6}}, options=options)
+        survivors = job.everyone(1)
+        job.until_team_fails(1)
+        job.until_steps(survivors, 10)
+        job.stop(survivors)
+        assert_nothing_lost(survivors)
+        assert_ranks_agree(job)
