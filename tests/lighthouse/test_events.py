@@ -19,6 +19,7 @@ from everstep.core.events import EventKind, JobEvent
 from everstep.core.messages import Cause, Goodbye, Switch
 from everstep.errors import ConfigError, LighthouseRefused, LighthouseUnreachable
 from everstep.lighthouse.app import Lighthouse
+from everstep.lighthouse.event_stream import encode
 from everstep.link.auth import http_key
 from everstep.link.events import Subscription
 from tests.link.parties import TOKEN, Member
@@ -223,3 +224,17 @@ def test_a_reader_that_reads_nothing_costs_the_others_nothing() -> None:
                 assert events.next(DEADLINE_S).kind is EventKind.RESYNC
                 cut(b)
                 assert until(events, EventKind.MEMBER_FAILED)[-1].replica_id == "b"
+
+
+def test_an_event_of_a_newer_lighthouse_is_passed_over_and_the_stream_goes_on() -> None:
+    """A server that says one kind more; whoever does not know it neither fails nor asks for it again and again."""
+    known = encode(JobEvent(kind=EventKind.JOB_ENDED, cursor="life-2"))
+    unknown = known.replace(b"job-ended", b"job-teleported").replace(b"life-2", b"life-1")
+    head = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nConnection: close\r\n\r\n"
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        server.settimeout(DEADLINE_S)
+        with es.subscribe_events(lighthouse=f"127.0.0.1:{server.getsockname()[1]}", after="oldest") as events:
+            with server.accept()[0] as connection:
+                connection.recv(4096)
+                connection.sendall(head + unknown + known)
+                assert events.next(DEADLINE_S).cursor == "life-2"
