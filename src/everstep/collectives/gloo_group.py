@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from everstep.collectives import torch_private
+from everstep.collectives.fate import GroupFate
 from everstep.collectives.gloo_work import Alone, GlooWork, free_parked, park
 from everstep.collectives.process_group import Membership, ReduceOp
 from everstep.collectives.sockets import (
@@ -38,7 +39,6 @@ from everstep.collectives.sockets import (
 from everstep.collectives.store_client import StoreClient, connect_store
 from everstep.errors import ConfigError, PeerLost, StepInterrupted
 
-PENDING_MAX = 256
 SETTLE_TIMEOUT_S = 10.0
 # How long a severed connection stays open for what peers still send into it, until they are told, too.
 LINGER_S = 0.1
@@ -51,15 +51,11 @@ _OPTIONS = {op: torch_private.allreduce_options(op) for op in ReduceOp}
 _PEER_IN_ERROR = re.compile(r"\[([0-9a-fA-F.:]+)\]:(\d+)")
 
 
-class GlooGroup:
+class GlooGroup(GroupFate[GlooWork]):
     """The group of one membership. `build` runs on a helper thread; `condemn` and `cut` may be called from any."""
 
     def __init__(self, membership: Membership, bind_host: str | None, threads: int) -> None:
-        self.membership = membership
-        self.changed = threading.Event()  # condemned, or the build ended
-        self.ended = threading.Event()  # the build ended, one way or the other
-        self.is_severed = False
-        self._failure: BaseException | None = None  # why it is of no use, once it is not
+        super().__init__(membership)
         self._bind_host = bind_host
         self._threads = threads
         self._gloo: torch_private.TorchGloo | None = None
@@ -73,7 +69,6 @@ class GlooGroup:
         self._rank_at: dict[Address, int] = {}  # the far end of each connection
         self._rank_of: dict[OpenSocket, int] = {}
         self._closed_at: float | None = None  # since when a connection is known to be closed
-        self._pending: set[GlooWork] = set()  # issued, and not known to have ended
         self._new_threads: list[int] = []  # Gloo's for this group among them
         self._sleeps_seen: list[str] = []  # at the last look
         self._stuck: list[torch_private.TorchWork] = []
@@ -105,15 +100,6 @@ class GlooGroup:
         work.wait()
         return gathered
 
-    def failure(self) -> BaseException:
-        """Why it is of no use; fresh each time, since an exception raised twice drags the first one's frames along."""
-        failure = self._failure
-        if isinstance(failure, PeerLost):
-            return PeerLost(str(failure), failure.peer)
-        if failure is None or isinstance(failure, StepInterrupted):
-            return StepInterrupted(str(failure or f"quorum {self.membership.quorum_id} is not built"))
-        return failure
-
     def lost_by(self, error: str) -> BaseException:
         """What an operation's error means; the first such is what every later operation raises."""
         if "gloo/" not in error:  # not of the transport: a tensor that cannot be reduced, say
@@ -122,23 +108,7 @@ class GlooGroup:
             self._failure = self._translated(error)
         return self.failure()
 
-    def forget(self, work: GlooWork) -> None:
-        self._pending.discard(work)
-
-    def _note(self, work: GlooWork) -> None:
-        if len(self._pending) >= PENDING_MAX:  # somebody does not wait for his operations
-            self._pending = {other for other in self._pending if not other.is_completed()}
-        self._pending.add(work)
-
     # ---- severing and taking down
-
-    def condemn(self, failure: StepInterrupted | None = None) -> None:
-        """No operation is issued any more, and a build gives up at its next step. Instant; `cut` does the rest."""
-        if not self.is_severed:
-            if self._failure is None:
-                self._failure = failure or StepInterrupted(f"quorum {self.membership.quorum_id} was aborted")
-            self.is_severed = True
-        self.changed.set()
 
     def cut(self, *, is_idle: bool = False) -> None:
         """Sever a condemned group; one that is being built opens more sockets, so repeat until it has `ended`.

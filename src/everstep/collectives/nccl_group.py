@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from everstep.collectives import torch_private
+from everstep.collectives.fate import GroupFate
 from everstep.collectives.gloo_work import Alone
 from everstep.collectives.nccl_work import NcclWork, pauses
 from everstep.collectives.process_group import Membership, ReduceOp
@@ -23,7 +24,6 @@ from everstep.collectives.sockets import host_and_port
 from everstep.collectives.store_client import StoreClient, connect_store
 from everstep.errors import PeerLost, StepInterrupted
 
-PENDING_MAX = 256
 ABORT_TIMEOUT_S = 10.0
 HELPER_NAME = "everstep-nccl"
 _OPTIONS = {op: torch_private.allreduce_options(op) for op in ReduceOp}
@@ -43,22 +43,17 @@ class NcclPlace:
     make: Callable[[int, int, float], tuple[torch_private.TorchNccl, torch_private.Store]] = torch_private.new_nccl
 
 
-class NcclGroup:
+class NcclGroup(GroupFate[NcclWork]):
     """A QuorumGroup (rebuilt.py) over NCCL."""
 
     def __init__(self, membership: Membership, place: NcclPlace) -> None:
-        self.membership = membership
-        self.changed = threading.Event()  # condemned, or the build ended
-        self.ended = threading.Event()  # the build ended, one way or the other
-        self.is_severed = False
+        super().__init__(membership)
         self.judged = threading.Event()  # of each operation it is known whether it had ended before the abort
         self.broken = threading.Event()  # the abort is over: kernels that waited for peers end
         self._place = place
-        self._failure: BaseException | None = None
         self._nccl: torch_private.TorchNccl | Alone | None = None  # once it is of use
         self._raw: torch_private.TorchNccl | None = None  # as soon as there is something to abort
         self._client: StoreClient | None = None
-        self._pending: set[NcclWork] = set()
         self._breaker: threading.Thread | None = None
         self._lock = threading.Lock()  # for `_breaker`, for an instant
 
@@ -85,15 +80,6 @@ class NcclGroup:
         work.wait()
         return gathered
 
-    def failure(self) -> BaseException:
-        """Why it is of no use; fresh each time, since an exception raised twice drags the first one's frames along."""
-        failure = self._failure
-        if isinstance(failure, PeerLost):
-            return PeerLost(str(failure), failure.peer)
-        if failure is None or isinstance(failure, StepInterrupted):
-            return StepInterrupted(str(failure or f"quorum {self.membership.quorum_id} is not built"))
-        return failure
-
     def lost_by(self, error: str) -> BaseException:
         """What NCCL's error means. It does not say which peer it was."""
         if self._failure is None:
@@ -103,28 +89,12 @@ class NcclGroup:
             )
         return self.failure()
 
-    def forget(self, work: NcclWork) -> None:
-        self._pending.discard(work)
-
     def _in_use(self) -> torch_private.TorchNccl | Alone:
         if self._nccl is None or self._failure is not None:
             raise self.failure()
         return self._nccl
 
-    def _note(self, work: NcclWork) -> NcclWork:
-        if len(self._pending) >= PENDING_MAX:  # somebody does not wait for his operations
-            self._pending = {other for other in self._pending if not other.is_completed()}
-        self._pending.add(work)
-        return work
-
     # ---- severing and taking down
-
-    def condemn(self, failure: StepInterrupted | None = None) -> None:
-        if not self.is_severed:
-            if self._failure is None:
-                self._failure = failure or StepInterrupted(f"quorum {self.membership.quorum_id} was aborted")
-            self.is_severed = True
-        self.changed.set()
 
     def cut(self) -> None:
         if self._client is not None:
