@@ -144,7 +144,7 @@ class SabotagedLighthouse(LighthouseMachine):
 
     def __init__(self, config: JobConfig, record: JournalRecord | None = None) -> None:
         super().__init__(config, record)
-        self._changes = self.changes_type(self._state, self._roster, self._joiners)
+        self._changes = self.changes_type(self._state, self._roster, self._joiners, self._progress)
         self._founding = self.founding_type(self._state, self._roster, self._joiners)
         self._admission = self.admission_type(self._state, self._roster, self._joiners, self._detector, self._changes)
 

@@ -91,8 +91,8 @@ class LighthouseMachine:
         self._roster = Roster()
         self._joiners: dict[MemberId, None] = {}
         self._detector = FailureDetector(config.detector_policy)
-        self._changes = Reconfigurer(self._state, self._roster, self._joiners)
         self._progress = ProgressJudge(config.stuck_policy)
+        self._changes = Reconfigurer(self._state, self._roster, self._joiners, self._progress)
         self._founding = FoundingDesk(self._state, self._roster, self._joiners)
         self._witnessed: dict[MemberId, None] = {}  # named by a failed collective since the last quorum
         self._admission = Admission(self._state, self._roster, self._joiners, self._detector, self._changes)

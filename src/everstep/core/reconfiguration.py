@@ -5,6 +5,7 @@ from collections.abc import Iterable
 from everstep.core.events import NAMES_MAX, EventKind, JobEvent, of_member, of_quorum
 from everstep.core.lighthouse_state import JobState, OpenRound
 from everstep.core.messages import (
+    Activity,
     Cause,
     Effect,
     Grant,
@@ -17,6 +18,7 @@ from everstep.core.messages import (
     Switch,
     Waiting,
 )
+from everstep.core.progress import ProgressJudge
 from everstep.core.quorum import Lost, Pending, RoundView, Won, count_round
 from everstep.core.resolution import resolve
 from everstep.core.roster import Roster
@@ -26,10 +28,11 @@ from everstep.core.types import Member, MemberId, Quorum, QuorumId, RefusalCode,
 class Reconfigurer:
     """Acts on the shared JobState; the machine in lighthouse.py tells it what happened."""
 
-    def __init__(self, state: JobState, roster: Roster, joiners: dict[MemberId, None]) -> None:
+    def __init__(self, state: JobState, roster: Roster, joiners: dict[MemberId, None], progress: ProgressJudge) -> None:
         self._state = state
         self._roster = roster
         self._joiners = joiners
+        self._progress = progress
 
     # ---- suspicion and rounds (G1, G2)
 
@@ -136,17 +139,30 @@ class Reconfigurer:
         out: list[Effect] = []
         waiting_on = {m: None for m in state.round.missing if self._takes_its_time(m)}
         for member in [m for m in state.round.missing if m not in waiting_on]:
-            state.suspects[member] = Cause.NO_READY
-            fields: dict[str, object] = {"member": str(member), "cause": Cause.NO_READY.value}
-            out.append(Log("member suspected", fields))
+            cause = Cause.NO_READY
             why = f"no answer to round {state.round.id} within {state.config.heartbeat_timeout_s:g} s"
+            if self._puts_off(member):
+                cause = Cause.STUCK
+                why = f"no progress in round {state.round.id}, while it puts the notice off"
+                state.condemn(member)
+            state.suspects[member] = cause
+            fields: dict[str, object] = {"member": str(member), "cause": cause.value}
+            out.append(Log("member suspected", fields))
             failed = EventKind.MEMBER_FAILED
-            out.append(of_member(failed, member, quorum=state.current, cause=Cause.NO_READY, evidence=why))
+            out.append(of_member(failed, member, quorum=state.current, cause=cause, evidence=why))
         state.round.missing = waiting_on
         return out + self.try_grant(now)
 
     def _takes_its_time(self, member: MemberId) -> bool:
-        """It answers when its own collective fails; its heartbeats say that it lives."""
+        """It answers when its own collective fails; its heartbeats say that it lives, and that it moves on."""
+        peer = self._roster.of(member)
+        if peer is None or not self._puts_off(member):
+            return False
+        beat = peer.heartbeat
+        is_computing = beat.activity is Activity.COMPUTING and not beat.section
+        return not is_computing or beat.activity_s < self._progress.limit_of(beat)
+
+    def _puts_off(self, member: MemberId) -> bool:
         peer = self._roster.of(member)
         return peer is not None and peer.link is not None and not peer.hello.freezes_on_notice
 
