@@ -147,6 +147,31 @@ def drain(
 
 
 @app.command()
+def status(
+    lighthouse: LighthouseOption = None,
+    job: JobOption = None,
+    token_file: TokenOption = None,
+    as_json: Annotated[bool, typer.Option("--json", help="As one JSON object, with everything.")] = False,
+) -> None:
+    """Show a job's members, and where each group's time went."""
+    import json
+
+    from rich.console import Console
+
+    from everstep.link.operate import job_status
+    from everstep.status import ledger_table, members_table
+    from everstep.subscribe import target
+
+    found = job_status(target(lighthouse=lighthouse, job_id=job, token_file=token_file))
+    if as_json:
+        typer.echo(json.dumps(found))
+        return
+    console = Console()
+    console.print(members_table(found))
+    console.print(ledger_table(found["ledger"]))
+
+
+@app.command()
 def demo(
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as one last JSON line.")] = False,
     seed: Annotated[int | None, typer.Option(help="Of the instant of the kill; random by default.")] = None,
@@ -160,6 +185,7 @@ def demo(
 
     from everstep.demo.display import Display
     from everstep.demo.run import Demo, DemoFailed, describe
+    from everstep.status import ledger_table
 
     console = Console(stderr=as_json)
     try:
@@ -169,6 +195,7 @@ def demo(
         typer.echo(f"everstep: {error}", err=True)
         raise typer.Exit(1) from error
     console.print(describe(summary), highlight=False)
+    console.print(ledger_table(summary.ledger))
     if as_json:
         typer.echo(json.dumps(dataclasses.asdict(summary)))
     if not summary.replicas_identical:

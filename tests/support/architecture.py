@@ -23,6 +23,7 @@ MAY_IMPORT: dict[str, frozenset[str] | None] = {
     "torch_version": frozenset({"errors"}),
     "config": frozenset({"core", "errors"}),
     "logs": frozenset({"core", "errors"}),
+    "status": frozenset({"core"}),
     "subscribe": SHELLS_ALL | {"link", "core", "config"},
     "link": SHELLS_ALL | {"link", "core"},
     "lighthouse": SHELLS_ALL | {"lighthouse", "link", "core", "config"},

@@ -14,6 +14,9 @@ import everstep as es
 from everstep.config import LighthouseSettings
 from everstep.core.events import JobEvent
 from everstep.lighthouse.app import Lighthouse
+from everstep.link.auth import Credentials
+from everstep.link.dial import LinkTarget
+from everstep.link.operate import job_status
 from tests.train.scripts import Plan, train
 
 DEADLINE_S = 60.0
@@ -139,6 +142,12 @@ class Job:
         """Everything that the lighthouse published so far."""
         with es.subscribe_events(lighthouse=self.address, after="oldest", follow=False) as events:
             return list(events)
+
+    def ledger(self) -> dict[str, dict[str, float]]:
+        """Where each group's time went, as `everstep status` has it."""
+        where = LinkTarget(url=f"http://{self.address}", credentials=Credentials(job_id="default"))
+        found: dict[str, dict[str, float]] = job_status(where)["ledger"]
+        return found
 
     def describe(self) -> str:
         lines = []

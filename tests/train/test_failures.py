@@ -45,6 +45,14 @@ def test_a_stopped_group_is_left_out_in_time_and_comes_back_when_it_is_continued
         assert_same_bits(everyone)
         failed = [event for event in job.events() if event.kind is EventKind.MEMBER_FAILED]
         assert [(event.replica_id, event.cause) for event in failed] == [("1", Cause.SILENT)]
+        ledger = job.ledger()
+        for spent in ledger.values():
+            assert spent["wall_s"] == pytest.approx(sum(s for name, s in spent.items() if name != "wall_s"), abs=0.01)
+        for survivor in ("0", "2"):
+            assert 0.2 < ledger[survivor]["detecting_s"] <= took_s
+            assert 0.0 < ledger[survivor]["reconfiguring_s"] < took_s
+        assert ledger["1"]["recovering_s"] > 0.0
+        assert max(spent["absent_s"] for spent in ledger.values()) < 1.0
 
 
 def test_a_call_that_holds_the_gil_for_a_while_evicts_nobody() -> None:

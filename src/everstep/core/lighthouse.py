@@ -11,6 +11,7 @@ from everstep.core.admission import Admission
 from everstep.core.events import EventKind, JobEvent, of_member
 from everstep.core.failure_detector import FailureDetector
 from everstep.core.founding import GONE_FOR_CERTAIN, FoundingDesk
+from everstep.core.ledger import Books
 from everstep.core.lighthouse_state import JobConfig, JobState
 from everstep.core.messages import (
     Activity,
@@ -94,6 +95,7 @@ class LighthouseMachine:
         self._progress = ProgressJudge(config.stuck_policy)
         self._changes = Reconfigurer(self._state, self._roster, self._joiners, self._progress)
         self._founding = FoundingDesk(self._state, self._roster, self._joiners)
+        self._books = Books()
         self._witnessed: dict[MemberId, None] = {}  # named by a failed collective since the last quorum
         self._admission = Admission(self._state, self._roster, self._joiners, self._detector, self._changes)
 
@@ -165,6 +167,7 @@ class LighthouseMachine:
         match message:
             case Heartbeat():
                 peer.heartbeat = message
+                self._books.heard(peer.member.replica_id, peer.hello.nonce, message.spent, now)
                 out += self._judge_progress(peer, message, now)
             case Ready():
                 if self._state.round is not None and message.round == self._state.round.id:
@@ -335,6 +338,7 @@ class LighthouseMachine:
             "proposal": str(state.wanted.id) if state.wanted else None,
             "round": str(state.round.id) if state.round else None,
             "failures": state.failures,
+            "ledger": {name: self._books.statement(name) for name in self._books.groups},
             "ended": state.ended,
         }
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
+from everstep.core.ledger import Spent
 from everstep.core.types import (
     Action,
     FailureRound,
@@ -114,6 +115,7 @@ class Heartbeat(msgspec.Struct, frozen=True, tag="heartbeat"):
     section: str = ""  # the innermost that the script has open
     steps: int = 0  # committed in this process
     longest_s: float = 0.0  # that it computed between two collectives lately
+    spent: Spent = Spent()  # where the training thread's time went
 
 
 class Drain(msgspec.Struct, frozen=True, tag="drain"):

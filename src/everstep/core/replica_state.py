@@ -1,6 +1,7 @@
 """The state of a member's machine, and the questions it answers. `replica.py` holds what changes it."""
 
 from everstep.core.group import Batch
+from everstep.core.ledger import Account, Ledger
 from everstep.core.messages import Activity, Effect, Heartbeat, Hello, MembersChange, Notice, Refused, Sever, applied
 from everstep.core.moves import Build, Move, Recover, Reduce, ReplicaConfig, Vote, Wait
 from everstep.core.recovery_plan import Claim, RecoveryPlan, plan_recovery
@@ -64,6 +65,9 @@ class ReplicaState:
         self._pause = (0.0, 0.0)  # the last: until when, and how long
         self._sections: tuple[str, ...] = ()
         self._had_section = False  # since it began to compute
+        self.ledger = Ledger()
+        self._is_disturbed = False  # by a failure, since the training thread computed last
+        self._round_booked = NO_ROUND
         self._steps = 0  # committed in this process
         self._longest_s = 0.0
 
@@ -73,11 +77,36 @@ class ReplicaState:
         """The training thread moves on. Cheap enough for every collective."""
         before, since = self._doing
         self._doing = (activity, now)
+        if activity is Activity.COMPUTING:
+            self._is_disturbed = False
+            self.ledger.enter(Account.TRAINING, now)
         if before is not Activity.COMPUTING:
             return
         if self._steps > STEPS_WARM_UP and not self._had_section:
             self._longest_s = max(now - since, self._longest_s * LONGEST_DECAY)
         self._had_section = bool(self._sections)
+
+    def book(self, move: Move, now: float) -> None:
+        """Training thread, under the lock: where the time from now on goes, while it makes this move."""
+        is_struck = self._doubt_at is not None or self.round != self._round_booked
+        if is_struck and not self._is_disturbed and self.lineage is not None:
+            self._is_disturbed = True
+            self.ledger.rebook(Account.DETECTING, self._doing[1], now)
+        self._round_booked = self.round
+        self.ledger.enter(self._account_of(move), now)
+
+    def _account_of(self, move: Move) -> Account:
+        if self.lineage is None:
+            return Account.WAITING if self.quorum is None else Account.RECOVERING
+        if self._doubt_at is not None and not self.is_frozen:
+            return Account.DETECTING
+        if self.is_frozen or not self.is_settled:
+            return Account.RECONFIGURING
+        is_short = isinstance(move, Wait) and self.phase is Phase.REDUCED
+        awaits_joiners = self.plan is not None and self.plan.source_of and self.plan.lineage.step == self.step
+        if is_short or awaits_joiners:
+            return Account.WAITING
+        return Account.RECONFIGURING if self._is_disturbed else Account.TRAINING
 
     def open_section(self, name: str) -> None:
         """Until it is closed nobody counts this member's time."""
@@ -104,6 +133,7 @@ class ReplicaState:
             section=self._sections[-1][:SECTION_CHARS_MAX] if self._sections else "",
             steps=self._steps,
             longest_s=self._longest_s,
+            spent=self.ledger.spent(now),
         )
 
     # ---- questions

@@ -15,6 +15,9 @@ from everstep.demo.display import Display
 from everstep.demo.workers import Report, Worker, Workers
 from everstep.errors import EverstepError
 from everstep.lighthouse.app import Lighthouse
+from everstep.link.auth import Credentials
+from everstep.link.dial import LinkTarget
+from everstep.link.operate import job_status
 
 GROUPS = 3
 STEPS_BEFORE_KILL = 40
@@ -58,6 +61,7 @@ class Summary:
     replicas_identical: bool
     loss_first: float
     loss_last: float
+    ledger: dict[str, dict[str, float]]  # seconds of each group, by account; see core/ledger.py
 
 
 class Demo:
@@ -76,6 +80,7 @@ class Demo:
         self._rejoined_at = 0.0
         self._step_at_kill = 0
         self._stop_step = 0
+        self._ledger: dict[str, dict[str, float]] = {}
 
     def run(self) -> Summary:
         with tempfile.TemporaryDirectory(prefix="everstep-demo-") as name:
@@ -93,6 +98,8 @@ class Demo:
                 }
                 with Workers(environment, folder) as workers:
                     self._conduct(workers)
+                where = LinkTarget(url=lighthouse.url, credentials=Credentials(job_id="demo", token=token))
+                self._ledger = job_status(where)["ledger"]
         return self._summary()
 
     # ---- the play
@@ -187,6 +194,7 @@ class Demo:
             replicas_identical=len({group.digest for group in self._groups}) == 1,
             loss_first=round(self._groups[0].first_loss or float("nan"), 4),
             loss_last=round(self._groups[0].loss, 4),
+            ledger=self._ledger,
         )
 
 

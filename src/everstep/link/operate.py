@@ -1,9 +1,11 @@
 """What an operator asks of a lighthouse over HTTP."""
 
 import asyncio
+from typing import Any
 from urllib.parse import urlencode
 
 import aiohttp
+import msgspec
 
 from everstep.core.types import RefusalCode
 from everstep.errors import ConfigError, LighthouseRefused, LighthouseUnreachable
@@ -16,17 +18,28 @@ def drain_group(target: LinkTarget, group: str) -> str:
 
     Raises ConfigError (no such job or group), LighthouseRefused (token) and LighthouseUnreachable.
     """
-    return asyncio.run(_post(target, "/api/v1/drain", {"job": target.credentials.job_id, "group": group}))
+    path = f"/api/v1/drain?{urlencode({'job': target.credentials.job_id, 'group': group})}"
+    return asyncio.run(_request(target, "POST", path, "operate"))
 
 
-async def _post(target: LinkTarget, path: str, query: dict[str, str]) -> str:
+def job_status(target: LinkTarget) -> dict[str, Any]:
+    """The target's job as /api/v1/status shows it. Raises ConfigError (no such job) and what `drain_group` does."""
+    status: dict[str, Any] = msgspec.json.decode(asyncio.run(_request(target, "GET", "/api/v1/status", "read")))
+    job: dict[str, Any] | None = status["jobs"].get(target.credentials.job_id)
+    if job is None:
+        known = ", ".join(status["jobs"]) or "none"
+        raise ConfigError(f"no job {target.credentials.job_id} at {target.url}; its jobs: {known}")
+    return job
+
+
+async def _request(target: LinkTarget, method: str, path: str, scope: str) -> str:
     token = target.credentials.token
-    headers = {"Authorization": f"Bearer {auth.http_key(token, 'operate')}"} if token is not None else {}
+    headers = {"Authorization": f"Bearer {auth.http_key(token, scope)}"} if token is not None else {}
     timeout = aiohttp.ClientTimeout(total=target.connect_timeout_s)
     connector = aiohttp.TCPConnector(ssl=trust(target))
     try:
         async with aiohttp.ClientSession(connector=connector, timeout=timeout) as session:
-            async with session.post(f"{target.url}{path}?{urlencode(query)}", headers=headers) as response:
+            async with session.request(method, f"{target.url}{path}", headers=headers) as response:
                 text = (await response.text()).strip()
     except (aiohttp.ClientError, OSError, asyncio.TimeoutError) as error:
         raise LighthouseUnreachable(f"no lighthouse at {target.url}: {why(error)}") from error

@@ -88,6 +88,12 @@ class Checkers:
             if step != lineage.step:
                 raise Violation(f"I4 batch {batch} counts in steps {step} and {lineage.step}")
 
+    def ledger(self, process: str, replica: Replica, wall_s: float, now: float) -> None:
+        """Every instant of the process is on one account."""
+        spent_s = replica.ledger.spent(now).total_ms / 1e3
+        if abs(spent_s - wall_s) > 0.01:
+            raise Violation(f"the ledger of {process} adds up to {spent_s:.3f} s of {wall_s:.3f} s")
+
     def recovered(self, process: str, lineage: Lineage, weights: Weights) -> None:
         known = self.weights.setdefault((lineage.history, lineage.step), weights.value)
         if known != weights.value:

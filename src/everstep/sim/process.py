@@ -59,6 +59,8 @@ class Process:
         self._is_leaving = False
         self._is_ready = False
         self._hangs_next = self._is_hung = False
+        self.born_at = world.now
+        self.replica.ledger.begin(world.now)
 
     # ---- link
 
@@ -216,6 +218,7 @@ class Process:
         if self._is_leaving:
             return
         move = self.replica.next_move()
+        self.replica.book(move, self._world.now)
         match move:
             case Build(quorum, claim):
                 self._world.faults.reached("Build", self)

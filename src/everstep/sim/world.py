@@ -188,6 +188,8 @@ class World:
         try:
             self._run_schedule()
             verdict = self._check_progress()
+            for process in self.living():
+                self.checkers.ledger(process.name, process.replica, self.now - process.born_at, self.now)
         # Boundary of a schedule: whatever a machine or a checker raises is the finding of this seed.
         except Exception as error:
             verdict = f"VIOLATION {type(error).__name__}: {error}"

@@ -14,6 +14,7 @@ import secrets
 import socket
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from types import TracebackType
 from typing import Any
@@ -124,6 +125,7 @@ class Presence:
 
     def _begin(self, config: ReplicaConfig) -> None:
         self._replica = self._machine(config)
+        self._replica.ledger.begin(time.monotonic())
         self._driver = Driver(self._replica, self._perform, lock=self.changed, on_crash=self.on_failed)
 
     def __exit__(

@@ -164,6 +164,7 @@ class Stepper:
             self._presence.check()
             with self._presence.changed:
                 move = self._presence.replica.next_move()
+                self._presence.replica.book(move, time.monotonic())
                 if not isinstance(move, Prepare):
                     if self._is_decided() or is_reached(move):
                         self._mark(Activity.COMPUTING)

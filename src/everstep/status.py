@@ -1,0 +1,34 @@
+"""What `everstep status` and the demo show of a job: its members, and where each group's time went."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from rich import box
+from rich.table import Table
+
+ACCOUNTS = ("training", "detecting", "reconfiguring", "recovering", "waiting", "absent")
+
+
+def members_table(job: Mapping[str, Any]) -> Table:
+    """`job` as in /api/v1/status, under `jobs`."""
+    quorum = job["quorum"] or "none"
+    title = f"quorum {quorum}, {job['failures']} failures"
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    for name in ("group", "incarnation", "state", "step", "doing", "for"):
+        table.add_column(name, justify="right" if name in ("incarnation", "step", "for") else "left")
+    for row in job["members"]:
+        doing = f"{row['activity']} ({row['section']})" if row["section"] else row["activity"]
+        name, number, step = str(row["replica_id"]), str(row["incarnation"]), str(row["step"])
+        table.add_row(name, number, row["state"], step, doing, f"{row['activity_s']:.1f} s")
+    return table
+
+
+def ledger_table(ledger: Mapping[str, Mapping[str, float]]) -> Table:
+    """A row a group, in seconds. `ledger` as in a job's status; each row's accounts add up to its last column."""
+    table = Table(title="seconds of each group", title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("group")
+    for name in (*ACCOUNTS, "wall"):
+        table.add_column(name, justify="right")
+    for group, spent in sorted(ledger.items()):
+        table.add_row(group, *(f"{spent[f'{name}_s']:.2f}" for name in ACCOUNTS), f"{spent['wall_s']:.2f}")
+    return table
