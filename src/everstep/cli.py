@@ -72,6 +72,9 @@ def lighthouse(
     stuck_timeout: Annotated[
         float | None, typer.Option(help="Seconds that one group may hold all others up; learned by default.")
     ] = None,
+    crash_loop_limit: Annotated[
+        int, typer.Option(help="Leave a group out that died so often in a row at one place; 0: never.")
+    ] = 8,
     tls_cert: Annotated[Path | None, typer.Option(help="PEM file of the certificate.")] = None,
     tls_key: Annotated[Path | None, typer.Option(help="PEM file of its key.")] = None,
     job: Annotated[list[str] | None, typer.Option(help="Serve only this job; may be repeated.")] = None,
@@ -85,6 +88,7 @@ def lighthouse(
         join_timeout_s=join_timeout,
         heartbeat_timeout_s=heartbeat_timeout,
         stuck_timeout_s=stuck_timeout,
+        crash_loop_limit=crash_loop_limit,
         state_dir=state_dir,
         token=job_token(token_file=token_file),
         tls_cert=tls_cert,
@@ -144,6 +148,20 @@ def drain(
     from everstep.subscribe import target
 
     typer.echo(drain_group(target(lighthouse=lighthouse, job_id=job, token_file=token_file), group))
+
+
+@app.command()
+def admit(
+    group: Annotated[str, typer.Argument(help="The replica group's id, as in REPLICA_GROUP_ID.")],
+    lighthouse: LighthouseOption = None,
+    job: JobOption = None,
+    token_file: TokenOption = None,
+) -> None:
+    """Let a group in that is held or left out for dying again and again."""
+    from everstep.link.operate import admit_group
+    from everstep.subscribe import target
+
+    typer.echo(admit_group(target(lighthouse=lighthouse, job_id=job, token_file=token_file), group))
 
 
 @app.command()

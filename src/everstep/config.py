@@ -108,6 +108,7 @@ class LighthouseSettings:
     join_timeout_s: float = 10.0
     heartbeat_timeout_s: float = 2.0
     link_grace_s: float = 0.02
+    crash_loop_limit: int = 8  # deaths of a group in a row at one place, before it is left out; 0: never
     stuck_timeout_s: float | None = None  # None: learned from each job's steps
     stuck_floor_s: float = 10.0  # the least that is learned
     stuck_initial_s: float = 300.0  # for the first steps of a process
@@ -122,6 +123,7 @@ class LighthouseSettings:
     def __post_init__(self) -> None:
         check_count("port", self.port, 0, 65535)
         check_count("min_replicas", self.min_replicas, 1, REPLICA_GROUPS_MAX)
+        check_count("crash_loop_limit", self.crash_loop_limit, 0, 1_000_000)
         check_count("jobs_max", self.jobs_max, 1, 1_000_000)
         check_count("events_kept_max", self.events_kept_max, 1, 1_000_000)
         check_duration("join_timeout_s", self.join_timeout_s)

@@ -8,6 +8,7 @@ import dataclasses
 from collections.abc import Callable
 
 from everstep.core.lighthouse import (
+    AdmitGroup,
     DrainGroup,
     Event,
     JobConfig,
@@ -76,7 +77,7 @@ class Stage:
         )
         self._disk: JournalRecord | None = None
         self._expected = 0
-        self._links = 0
+        self._links = self._starts = 0
         self._votes: dict[QuorumId, dict[MemberId, VoteCast]] = {}
         self._lines: list[str] = []
 
@@ -112,10 +113,11 @@ class Stage:
 
     def do_start(self, *names: str, freezes_on_notice: bool = True) -> None:
         for name in names:
+            self._starts += 1
             replica_id = name.rstrip("'")
             config = ReplicaConfig(
                 replica_id=replica_id,
-                nonce=name,
+                nonce=f"{name}/{self._starts}",
                 store=name,
                 expected_replicas=self._expected,
                 freezes_on_notice=freezes_on_notice,
@@ -246,6 +248,10 @@ class Stage:
     def do_drain_group(self, replica_id: str) -> None:
         """The operator's request."""
         self._feed_lighthouse(DrainGroup(replica_id))
+
+    def do_admit(self, replica_id: str) -> None:
+        """The operator's request."""
+        self._feed_lighthouse(AdmitGroup(replica_id))
 
     def do_doing(self, name: str, activity: str, section: str = "") -> None:
         """What its training thread does from now on; in a section, if one is named."""

@@ -42,6 +42,9 @@ class Script:
     def members(self) -> list[str]:
         return []
 
+    def held(self, now: float) -> dict[str, dict[str, object]]:
+        return {}
+
 
 class Outbox:
     """Stands where the job has its links."""

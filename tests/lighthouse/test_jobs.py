@@ -27,6 +27,7 @@ class Fragile:
         self.next_deadline = inner.next_deadline
         self.status = inner.status
         self.members = inner.members
+        self.held = inner.held
 
     def receive(self, event: Event, now: float) -> list[Effect]:
         if isinstance(getattr(event, "message", None), Goodbye):

@@ -146,7 +146,8 @@ class SabotagedLighthouse(LighthouseMachine):
         super().__init__(config, record)
         self._changes = self.changes_type(self._state, self._roster, self._joiners, self._progress)
         self._founding = self.founding_type(self._state, self._roster, self._joiners)
-        self._admission = self.admission_type(self._state, self._roster, self._joiners, self._detector, self._changes)
+        parts = (self._state, self._roster, self._joiners, self._detector, self._changes)
+        self._admission = self.admission_type(*parts, self._crashes)
 
 
 class KeepsNoJournal(LighthouseMachine):

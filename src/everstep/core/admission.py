@@ -2,10 +2,24 @@
 
 import dataclasses
 
-from everstep.core.events import EventKind, of_member
+from everstep.core.crash_loop import CrashDesk, Verdict
+from everstep.core.events import EventKind, JobEvent, of_member
 from everstep.core.failure_detector import FailureDetector
 from everstep.core.lighthouse_state import JobState
-from everstep.core.messages import Cause, Close, Effect, Hello, Log, Refused, Send, Switch, Waiting, Welcome, whole
+from everstep.core.messages import (
+    Cause,
+    Close,
+    Effect,
+    Hello,
+    Log,
+    Publish,
+    Refused,
+    Send,
+    Switch,
+    Waiting,
+    Welcome,
+    whole,
+)
 from everstep.core.reconfiguration import Reconfigurer
 from everstep.core.roster import Peer, Roster
 from everstep.core.types import MemberId, RefusalCode
@@ -31,6 +45,7 @@ class Admission:
         joiners: dict[MemberId, None],
         detector: FailureDetector,
         changes: Reconfigurer,
+        crashes: CrashDesk,
     ) -> None:
         self._state = state
         self._config = state.config
@@ -38,6 +53,7 @@ class Admission:
         self._joiners = joiners
         self._detector = detector
         self._changes = changes
+        self._crashes = crashes
         self._contenders: dict[int, Contender] = {}
         self._waits_as: dict[str, MemberId] = {}  # who was last a joiner under a replica_id
 
@@ -113,6 +129,9 @@ class Admission:
     def _admit(self, link: int, hello: Hello, now: float) -> list[Effect]:
         out: list[Effect] = []
         member = hello.report.member
+        verdict = self._crashes.started(member.replica_id, hello.nonce, now)
+        if verdict.is_left_out and not hello.report.has_state:
+            return self._leave_out(link, member.replica_id)
         is_fresh = member.incarnation == 0 or hello.lighthouse != self._state.lighthouse
         if is_fresh:
             member = MemberId(member.replica_id, self._state.new_incarnation(out))
@@ -133,11 +152,45 @@ class Admission:
             out += self._hello_with_state(peer, now)
         else:
             out += self._hello_without_state(peer, now)
+            out += self._hold(member, verdict, now)
         for older in [m for m in self._state.known_members if m.replica_id == member.replica_id and m != member]:
             if older.incarnation < member.incarnation:
                 self._detector.forget(older)
                 out += self._changes.suspect(older, Cause.SUPERSEDED, f"{member} started", now)
         return out + self._changes.propose()
+
+    def _leave_out(self, link: int, replica_id: str) -> list[Effect]:
+        why = f"{self._crashes.describe(replica_id)}; it is left out. Mend it, then `everstep admit {replica_id}`"
+        left_out = Publish(JobEvent(kind=EventKind.GROUP_LEFT_OUT, replica_id=replica_id, evidence=why))
+        refusal = Refused(RefusalCode.CRASH_LOOP, why)
+        said = Log("group left out", {"group": replica_id, "why": why})
+        return [Send(refusal, (link,)), Close(link, why), said, left_out]
+
+    def _hold(self, member: MemberId, verdict: Verdict, now: float) -> list[Effect]:
+        if member not in self._joiners or now >= verdict.held_until:
+            return []
+        self._state.held[member] = verdict.held_until
+        why = f"{self._crashes.describe(member.replica_id)}; it is let in after {verdict.held_until - now:.1f} s"
+        event = of_member(EventKind.GROUP_HELD, member, quorum=self._state.current, evidence=why)
+        fields: dict[str, object] = {"group": member.replica_id, "why": why}
+        return [*self._roster.send(Waiting(why), [member]), Log("group held", fields), event]
+
+    def let_in(self, now: float) -> list[Effect]:
+        """Whose pause is over. It is proposed like any joiner."""
+        held = self._state.held
+        over = [member for member, until in held.items() if now >= until or member not in self._joiners]
+        for member in over:
+            del held[member]
+        return self._changes.propose() if over else []
+
+    def pardon(self, replica_id: str, now: float) -> list[Effect]:
+        """The operator says that this group is mended."""
+        if not self._crashes.pardon(replica_id):
+            return []
+        for member in self._state.held:
+            if member.replica_id == replica_id:
+                self._state.held[member] = now
+        return [Log("group admitted again", {"group": replica_id})]
 
     def _hello_with_state(self, peer: Peer, now: float) -> list[Effect]:
         state, report, member = self._state, peer.hello.report, peer.member

@@ -34,6 +34,8 @@ class EventKind(str, enum.Enum):
     MEMBER_CLEARED = "member-cleared"  # it answered after all
     MEMBER_EVICTED = "member-evicted"  # left out for good, under this incarnation
     DRAIN_ASKED = "drain-asked"  # a member is going to leave at a step boundary
+    GROUP_HELD = "group-held"  # it dies again and again at one place: it waits before it is let in
+    GROUP_LEFT_OUT = "group-left-out"  # it did so too often: it is turned away until the operator admits it
     MEMBER_LEFT = "member-left"  # on purpose; nobody aborts anything
     HISTORY_LOST = "history-lost"  # nobody holds the state any more
     JOB_ENDED = "job-ended"  # every member left

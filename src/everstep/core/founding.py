@@ -40,7 +40,7 @@ class FoundingDesk:
         if self._deadline is None:
             self._deadline = now + state.config.join_timeout_s
         self._read_newest()
-        here = len(self._joiners)
+        here = sum(member not in state.held for member in self._joiners)
         all_here = self._expected > 0 and here >= max(self._expected, self._minimum)
         if all_here or (here >= self._minimum and now >= self._deadline):
             return self._found()
@@ -98,7 +98,8 @@ class FoundingDesk:
 
     def _found(self) -> list[Effect]:
         state = self._state
-        peers = [peer for member in self._joiners if (peer := self._roster.of(member)) is not None]
+        ready = [member for member in self._joiners if member not in state.held]
+        peers = [peer for member in ready if (peer := self._roster.of(member)) is not None]
         members = {peer.member: peer.address for peer in peers}
         # Of members that continue from checkpoints on disk, the one furthest on gives its state to the others.
         furthest = max(peers, key=lambda peer: peer.hello.start_step)
@@ -108,7 +109,8 @@ class FoundingDesk:
         init_sync = any(peer.hello.init_sync for peer in peers)
         state.history = f"{state.config.history}-{first.id}"
         state.current, state.is_founding, state.ended = first, True, False
-        self._joiners.clear()
+        for member in ready:
+            del self._joiners[member]
         self._deadline, self._said = None, ""
         lineage = genesis(state.history, start_step)
         out: list[Effect] = [state.persist()]

@@ -8,6 +8,7 @@ that rest on it.
 import dataclasses
 
 from everstep.core.admission import Admission
+from everstep.core.crash_loop import CrashDesk
 from everstep.core.events import EventKind, JobEvent, of_member
 from everstep.core.failure_detector import FailureDetector
 from everstep.core.founding import GONE_FOR_CERTAIN, FoundingDesk
@@ -38,6 +39,7 @@ from everstep.core.roster import Peer, Roster
 from everstep.core.types import MemberId, Phase, QuorumId, RefusalCode
 
 __all__ = [
+    "AdmitGroup",
     "DrainGroup",
     "Event",
     "JobConfig",
@@ -80,7 +82,14 @@ class DrainGroup:
     replica_id: str
 
 
-Event = LinkOpened | LinkClosed | LinkMessage | StartNewHistory | DrainGroup
+@dataclasses.dataclass(frozen=True)
+class AdmitGroup:
+    """The operator says that a group, held or left out for dying again and again, is mended."""
+
+    replica_id: str
+
+
+Event = LinkOpened | LinkClosed | LinkMessage | StartNewHistory | DrainGroup | AdmitGroup
 
 
 class LighthouseMachine:
@@ -97,7 +106,9 @@ class LighthouseMachine:
         self._founding = FoundingDesk(self._state, self._roster, self._joiners)
         self._books = Books()
         self._witnessed: dict[MemberId, None] = {}  # named by a failed collective since the last quorum
-        self._admission = Admission(self._state, self._roster, self._joiners, self._detector, self._changes)
+        self._crashes = CrashDesk(config.crash_policy)
+        parts = (self._state, self._roster, self._joiners, self._detector, self._changes)
+        self._admission = Admission(*parts, self._crashes)
 
     # ---- the machine contract
 
@@ -122,6 +133,8 @@ class LighthouseMachine:
                 for member in self._state.current.member_ids if self._state.current is not None else ():
                     if member.replica_id == replica_id:
                         out += self._drain(member)
+            case AdmitGroup(replica_id):
+                out += self._admission.pardon(replica_id, now)
             case LinkOpened():
                 pass
         return out + self.tick(now)
@@ -136,6 +149,8 @@ class LighthouseMachine:
             out += self._changes.give_up_waiting(now)
         out += self._end_if_all_left()
         out += self._founding.abandon_lost_history()
+        if self._state.held:
+            out += self._admission.let_in(now)
         out += self._founding.try_found(now)
         if self._state.round is None:
             self._progress.keep_only(self._state.current)
@@ -143,7 +158,7 @@ class LighthouseMachine:
         return out
 
     def next_deadline(self) -> float | None:
-        deadlines = [self._detector.next_deadline(), self._founding.next_deadline()]
+        deadlines = [self._detector.next_deadline(), self._founding.next_deadline(), *self._state.held.values()]
         if self._state.round is not None:
             deadlines.append(self._state.round.deadline)
         else:
@@ -161,12 +176,15 @@ class LighthouseMachine:
                 return []
             return [Close(link, f"{type(message).__name__} before Hello")]
         peer.heard_at = now
+        state = self._state
         if not peer.leaving:
             self._detector.heard(peer.member, now)
         out = self._admission.judge_contenders(peer, now)
         match message:
             case Heartbeat():
                 peer.heartbeat = message
+                if state.is_current(peer.member):
+                    self._crashes.heard(peer.member.replica_id, peer.hello.nonce, message.steps, message.step)
                 self._books.heard(peer.member.replica_id, peer.hello.nonce, message.spent, now)
                 out += self._judge_progress(peer, message, now)
             case Ready():
@@ -242,6 +260,7 @@ class LighthouseMachine:
     def _goodbye(self, peer: Peer, message: Goodbye, now: float) -> list[Effect]:
         state = self._state
         peer.leaving = True
+        self._crashes.left(peer.member.replica_id)
         was_joiner = self._joiners.pop(peer.member, 0) is None
         self._detector.forget(peer.member)
         out: list[Effect] = [Log("member left", {"member": str(peer.member), "reason": message.reason})]
@@ -275,6 +294,7 @@ class LighthouseMachine:
             if not self._roster.is_connected(member):  # else its silence may be what a contender waits for
                 self._detector.forget(member)
         self._joiners.clear()
+        self._crashes.forget_all()
         ended = state.history
         out += self._founding.forget_history()
         state.history, state.ended = ended, True
@@ -309,6 +329,10 @@ class LighthouseMachine:
         current = self._state.current
         return [member.replica_id for member in current.member_ids] if current is not None else []
 
+    def held(self, now: float) -> dict[str, dict[str, object]]:
+        """Groups that are held or left out for dying again and again, and why."""
+        return self._crashes.held(now)
+
     def status(self, now: float) -> dict[str, object]:
         """Plain JSON values: the quorum, the round, and a row a peer."""
         state = self._state
@@ -339,6 +363,7 @@ class LighthouseMachine:
             "round": str(state.round.id) if state.round else None,
             "failures": state.failures,
             "ledger": {name: self._books.statement(name) for name in self._books.groups},
+            "held": self.held(now),
             "ended": state.ended,
         }
 

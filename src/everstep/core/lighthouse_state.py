@@ -2,6 +2,7 @@
 
 import dataclasses
 
+from everstep.core.crash_loop import CrashPolicy
 from everstep.core.failure_detector import DetectorPolicy
 from everstep.core.messages import Cause, Effect, JournalRecord, Persist
 from everstep.core.progress import StuckPolicy
@@ -27,11 +28,16 @@ class JobConfig:
     stuck_timeout_s: float | None = None  # None: learned from the job's steps
     stuck_floor_s: float = 10.0
     stuck_initial_s: float = 300.0
+    crash_loop_limit: int = 8  # deaths in a row at one place, before a group is left out; 0: never
     return_timeout_s: float = 10.0  # after a restart of the lighthouse: members have this long to connect again
 
     @property
     def detector_policy(self) -> DetectorPolicy:
         return DetectorPolicy(heartbeat_timeout_s=self.heartbeat_timeout_s, link_grace_s=self.link_grace_s)
+
+    @property
+    def crash_policy(self) -> CrashPolicy:
+        return CrashPolicy(limit=self.crash_loop_limit)
 
     @property
     def stuck_policy(self) -> StuckPolicy:
@@ -74,6 +80,7 @@ class JobState:
         self.suspects: dict[MemberId, Cause] = {}
         self.evicted: dict[str, int] = {}  # highest evicted incarnation of each replica_id
         self.stuck: dict[MemberId, None] = {}  # evicted so, and perhaps not told yet; the newest STUCK_KEPT_MAX
+        self.held: dict[MemberId, float] = {}  # joiners that are let in no earlier than that
         self.leaving: dict[MemberId, None] = {}
         self.departed: dict[MemberId, bool] = {}  # who of known_members said Goodbye, and whether it held the state
         self.failures = 0

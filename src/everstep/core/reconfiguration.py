@@ -381,5 +381,7 @@ class Reconfigurer:
             peer = self._roster.of(member)
             if peer is None or peer.link is None or member in self._state.suspects or current.is_member(member):
                 continue
+            if member in self._state.held:
+                continue
             added[member] = peer.address
         return added

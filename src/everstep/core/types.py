@@ -173,6 +173,7 @@ class RefusalCode(str, enum.Enum):
     BAD_CONFIG = "bad-config"  # settings that contradict each other; a journal that cannot be used
     DRAINED = "drained"  # the others went on without it, as it or the operator asked
     STUCK = "stuck"  # its training thread stood still while the others waited; the process ends
+    CRASH_LOOP = "crash-loop"  # its processes died again and again at one place
     BUSY = "busy"  # no room for another job, or it is just starting anew; try again
     JOB_ENDED = "job-ended"  # every member left while it was joining
 

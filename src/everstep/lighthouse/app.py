@@ -131,7 +131,7 @@ class Lighthouse:
         app.router.add_get("/link", self._server.handle)
         app.router.add_get("/api/v1/status", self._status)
         app.router.add_get("/api/v1/events", self._events)
-        app.router.add_post("/api/v1/drain", self._drain)
+        app.router.add_post("/api/v1/{request:drain|admit}", self._operate)
         app.router.add_get("/healthz", _healthz)
         self._runner = web.AppRunner(app, access_log=None, shutdown_timeout=0.1)
         await self._runner.setup()
@@ -173,17 +173,21 @@ class Lighthouse:
         assert self._jobs is not None
         return await self._jobs.streams.handle(request)
 
-    async def _drain(self, request: web.Request) -> web.Response:
+    async def _operate(self, request: web.Request) -> web.Response:
         self._check(request, "operate")
         if "Origin" in request.headers:
             # A web page somewhere would use its reader's access to this port.
             raise web.HTTPForbidden(text="browsers have no business here\n")
         assert self._jobs is not None
-        group = request.query.get("group", "")
-        why_not = self._jobs.drain(request.query.get("job", "default"), group)
+        job, group = request.query.get("job", "default"), request.query.get("group", "")
+        ask, text = {
+            "drain": (self._jobs.drain, "leaves at a step boundary, once another group holds the state"),
+            "admit": (self._jobs.pardon, "is let in again; its deaths so far are forgotten"),
+        }[request.match_info["request"]]
+        why_not = ask(job, group)
         if why_not:
             raise web.HTTPNotFound(text=why_not + "\n")
-        return web.Response(text=f"group {group} leaves at a step boundary, once another group holds the state\n")
+        return web.Response(text=f"group {group} {text}\n")
 
     def _check(self, request: web.Request, scope: str) -> None:
         bearer = request.headers.get("Authorization", "").removeprefix("Bearer ")

@@ -35,6 +35,7 @@ class JobMachine(Protocol):
     def next_deadline(self) -> float | None: ...
     def status(self, now: float, /) -> dict[str, object]: ...
     def members(self) -> list[str]: ...
+    def held(self, now: float, /) -> dict[str, dict[str, object]]: ...
 
 
 class JobLinks(Protocol):
@@ -54,6 +55,7 @@ def make_machine(job_id: str, settings: LighthouseSettings, record: JournalRecor
         heartbeat_interval_s=settings.heartbeat_interval_s,
         heartbeat_timeout_s=settings.heartbeat_timeout_s,
         link_grace_s=settings.link_grace_s,
+        crash_loop_limit=settings.crash_loop_limit,
         stuck_timeout_s=settings.stuck_timeout_s,
         stuck_floor_s=settings.stuck_floor_s,
         stuck_initial_s=settings.stuck_initial_s,
@@ -115,6 +117,10 @@ class Job:
     def members(self) -> list[str]:
         """Names of the groups in the quorum."""
         return self._machine.members()
+
+    def held(self) -> list[str]:
+        """Names of the groups that are held or left out for dying again and again."""
+        return list(self._machine.held(time.monotonic()))
 
     @property
     def is_over(self) -> bool:

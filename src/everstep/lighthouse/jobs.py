@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable
 
 from everstep.config import LighthouseSettings
-from everstep.core.lighthouse import DrainGroup, LinkClosed, LinkMessage, LinkOpened
+from everstep.core.lighthouse import AdmitGroup, DrainGroup, LinkClosed, LinkMessage, LinkOpened
 from everstep.core.messages import JournalRecord, Refused, ToLighthouse
 from everstep.core.types import RefusalCode
 from everstep.errors import ConfigError
@@ -72,6 +72,17 @@ class Jobs:
                 f"no group {replica_id!r} in the quorum of job {job_id!r}; its groups: {', '.join(members) or 'none'}"
             )
         job.receive(DrainGroup(replica_id))
+        return ""
+
+    def pardon(self, job_id: str, replica_id: str) -> str:
+        """Let in a group that is held or left out for dying again and again. Returns "" or why there is none."""
+        job = self._jobs.get(job_id)
+        if job is None:
+            return f"no job {job_id!r} here; jobs: {', '.join(self._jobs) or 'none'}"
+        held = job.held()
+        if replica_id not in held:
+            return f"group {replica_id!r} of job {job_id!r} is not held; held are: {', '.join(held) or 'none'}"
+        job.receive(AdmitGroup(replica_id))
         return ""
 
     # ---- links

@@ -18,7 +18,16 @@ def drain_group(target: LinkTarget, group: str) -> str:
 
     Raises ConfigError (no such job or group), LighthouseRefused (token) and LighthouseUnreachable.
     """
-    path = f"/api/v1/drain?{urlencode({'job': target.credentials.job_id, 'group': group})}"
+    return _ask(target, "drain", group)
+
+
+def admit_group(target: LinkTarget, group: str) -> str:
+    """Let in a group that is held or left out for dying again and again; as `drain_group` otherwise."""
+    return _ask(target, "admit", group)
+
+
+def _ask(target: LinkTarget, request: str, group: str) -> str:
+    path = f"/api/v1/{request}?{urlencode({'job': target.credentials.job_id, 'group': group})}"
     return asyncio.run(_request(target, "POST", path, "operate"))
 
 
