@@ -8,7 +8,7 @@ VENV := .venv
 PY := $(VENV)/bin/python
 # Written last, so a venv without it is half-made. Holds the checkout's path: a venv does not survive being moved.
 STAMP := $(VENV)/.installed
-SOAK_SEEDS ?= 0:20000
+SOAK_SEEDS ?= 0:100000
 # `make compat COMPAT_PYTHONS=3.13 COMPAT_TORCH=2.6.0` runs one corner; without COMPAT_TORCH constraints.txt says which.
 COMPAT_PYTHONS ?= 3.10 3.11 3.12 3.13
 COMPAT_TORCH ?=
@@ -59,9 +59,9 @@ lint: $(STAMP) ## ruff (rules and format) and mypy in strict mode
 	$(PY) -m ruff format --check
 	$(PY) -m mypy
 
-soak: $(STAMP) ## the long versions: soak tests, then the simulator over SOAK_SEEDS (default 0:20000)
+soak: $(STAMP) ## the long versions: soak tests, then the simulator over SOAK_SEEDS (default 0:100000); 90 minutes
 	$(PY) -m pytest -m soak --hypothesis-profile=soak -o faulthandler_timeout=0
-	$(PY) -m everstep.sim --seeds $(SOAK_SEEDS)
+	$(PY) -m everstep.sim --seeds $(SOAK_SEEDS) --groups 3:9 --jobs $$(nproc)
 
 # Each gets a venv in .compat. Where torch has no CPU build for one, that is several GB of CUDA wheels.
 compat: ## the tests on each of COMPAT_PYTHONS that is installed (pythonX.Y, or under pyenv)

@@ -166,7 +166,7 @@ def test_every_shell_command_is_one_that_this_file_knows() -> None:
         r"everstep lighthouse( --[\w-]+ \S+)*",  # the flags: below
         r"export( [A-Z_]+=\S+)+",  # test_examples, and the next
         r"REPLICA_GROUP_ID=\d (python|torchrun --standalone --nproc-per-node 1) examples/train_ddp\.py --steps \d+",
-        r"curl -s localhost:29520/api/v1/status",  # test_examples
+        r"everstep (status|admit \S+)",  # lighthouse/test_command
         r'curl -N "localhost:29520/api/v1/events\?job=default&after=oldest"',  # lighthouse/test_events
         r"python -m everstep\.sim --seed 7 --trace",  # below
         r"\(umask 077; head -c 32 /dev/urandom \| base64 > token\)",

@@ -71,7 +71,9 @@ class Ledger:
 
     def _at(self, now: float) -> tuple[float, ...]:
         totals, current, began_at = self._booked
-        return tuple(s + max(0.0, now - began_at) if n == current else s for n, s in enumerate(totals))
+        if now <= began_at:
+            return totals
+        return (*totals[:current], totals[current] + now - began_at, *totals[current + 1 :])
 
 
 @dataclasses.dataclass
