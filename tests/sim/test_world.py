@@ -1,7 +1,5 @@
 """The real machines in the virtual world: seeds, budgets and schedules end well, and a seed is a bug report."""
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -111,12 +109,3 @@ def test_a_failing_seed_prints_the_command_that_reproduces_it(capsys: pytest.Cap
     what, how = capsys.readouterr().out.splitlines()
     assert "VIOLATION" in what
     assert how == "reproduce: python -m everstep.sim --seed 0 --groups 2 --steps 8 --trace"
-
-
-@pytest.mark.soak
-def test_twenty_thousand_seeds_end_well() -> None:
-    command = [sys.executable, "-m", "everstep.sim", "--seeds"]
-    spans = ("0:10000", "10000:20000")
-    halves = [subprocess.Popen([*command, span], stdout=subprocess.PIPE, text=True) for span in spans]
-    outputs = [half.communicate(timeout=3600)[0] for half in halves]
-    assert [half.returncode for half in halves] == [0, 0], "\n".join(outputs)
