@@ -5,7 +5,6 @@ from collections.abc import Iterable
 from everstep.core.events import NAMES_MAX, EventKind, JobEvent, of_member, of_quorum
 from everstep.core.lighthouse_state import JobState, OpenRound
 from everstep.core.messages import (
-    Activity,
     Cause,
     Effect,
     Grant,
@@ -18,6 +17,7 @@ from everstep.core.messages import (
     Switch,
     Waiting,
 )
+from everstep.core.patience import Patience
 from everstep.core.progress import ProgressJudge
 from everstep.core.quorum import Lost, Pending, RoundView, Won, count_round
 from everstep.core.resolution import resolve
@@ -32,7 +32,7 @@ class Reconfigurer:
         self._state = state
         self._roster = roster
         self._joiners = joiners
-        self._progress = progress
+        self._patience = Patience(state, roster, progress)
 
     # ---- suspicion and rounds (G1, G2)
 
@@ -119,6 +119,7 @@ class Reconfigurer:
         member = report.member
         if member in state.stuck:
             return []
+        silent = self._patience.silent_with(member)
         if member in state.known_members:
             out += self.clear(member, "it answered the round")
         state.round.reports[member] = report
@@ -129,6 +130,11 @@ class Reconfigurer:
             }
             out += self._notice([m for m in state.round.missing if m not in state.round.noticed], Cause.OUT_OF_STEP, "")
         state.round.missing.pop(member, None)
+        if silent:
+            state.round.missing |= dict.fromkeys(silent)
+            state.round.deadline = now + state.config.heartbeat_timeout_s
+            fields: dict[str, object] = {"round": str(state.round.id), "members": len(silent)}
+            out.append(Log("all were silent; the others get as long to come back", fields))
         return out + self.try_grant(now)
 
     def give_up_waiting(self, now: float) -> list[Effect]:
@@ -137,34 +143,24 @@ class Reconfigurer:
         assert state.round is not None
         state.round.deadline = now + state.config.heartbeat_timeout_s
         out: list[Effect] = []
-        waiting_on = {m: None for m in state.round.missing if self._takes_its_time(m)}
+        waiting_on = {m: None for m in state.round.missing if self._patience.takes_its_time(m)}
         for member in [m for m in state.round.missing if m not in waiting_on]:
             cause = Cause.NO_READY
             why = f"no answer to round {state.round.id} within {state.config.heartbeat_timeout_s:g} s"
-            if self._puts_off(member):
+            if self._patience.puts_off(member):
                 cause = Cause.STUCK
                 why = f"no progress in round {state.round.id}, while it puts the notice off"
                 state.condemn(member)
+            was_told = member in state.suspects
             state.suspects[member] = cause
+            if was_told:
+                continue
             fields: dict[str, object] = {"member": str(member), "cause": cause.value}
             out.append(Log("member suspected", fields))
             failed = EventKind.MEMBER_FAILED
             out.append(of_member(failed, member, quorum=state.current, cause=cause, evidence=why))
         state.round.missing = waiting_on
         return out + self.try_grant(now)
-
-    def _takes_its_time(self, member: MemberId) -> bool:
-        """It answers when its own collective fails; its heartbeats say that it lives, and that it moves on."""
-        peer = self._roster.of(member)
-        if peer is None or not self._puts_off(member):
-            return False
-        beat = peer.heartbeat
-        is_computing = beat.activity is Activity.COMPUTING and not beat.section
-        return not is_computing or beat.activity_s < self._progress.limit_of(beat)
-
-    def _puts_off(self, member: MemberId) -> bool:
-        peer = self._roster.of(member)
-        return peer is not None and peer.link is not None and not peer.hello.freezes_on_notice
 
     def restate_round(self, now: float) -> list[Effect]:
         """The quorum under an open round turned out to be a newer one: its members must be frozen as well."""
