@@ -154,6 +154,22 @@ def test_every_python_block_parses(path: Path) -> None:
         ast.parse(fence.text)
 
 
+def test_every_test_that_a_document_names_exists_and_soaks_where_it_says_so() -> None:
+    written: dict[str, bool] = {}
+    for path in (ROOT / "tests").rglob("test_*.py"):
+        text = path.read_text(encoding="utf-8")
+        is_soak = re.search(r"^pytestmark = .*soak", text, flags=re.MULTILINE) is not None
+        for marks, name in re.findall(r"((?:^@.*\n(?:^[ )\]].*\n)*)*)^def (test_\w+)\(", text, flags=re.MULTILINE):
+            written[name] = is_soak or bool(re.search(r"^@pytest\.mark\.soak", marks, flags=re.MULTILINE))
+    named = 0
+    for path in DOCS:
+        for name, soak in re.findall(r"`(test_\w+)`( \(soak\))?", path.read_text(encoding="utf-8")):
+            assert name in written, f"{path.name} names {name}"
+            assert path.name != "promises.md" or bool(soak) == written[name], f"{path.name}: is {name} a soak test?"
+            named += 1
+    assert named > 40
+
+
 # ---- commands
 
 
