@@ -53,6 +53,7 @@ from everstep.core.moves import (
 from everstep.core.replica_state import ReplicaState
 from everstep.core.types import LocalProtocolError, Phase, Quorum, QuorumId
 
+BEAT_S = 0.125  # at least as often
 IN_DOUBT = 0.0  # a follower's doubt has no deadline: the leader's has
 
 
@@ -71,6 +72,7 @@ class Follower(ReplicaState):
         self.beat_interval_s = 0.0
         self._batches_ended = 0
         self._is_together = False
+        self._reopened = 0  # the batch that had one more reduction than the leader may know of
         self._prepares = 0
         self._prepared = 0  # by this rank
         self._is_prepared = False  # the reductions at hand
@@ -110,6 +112,11 @@ class Follower(ReplicaState):
         own = self.heartbeat(now)
         self._beat_at = now + self.beat_interval_s
         return RankBeat(own.activity, own.activity_s, own.section, own.longest_s)
+
+    @property
+    def beat_after_s(self) -> float:
+        """Twice in every heartbeat interval, so that the leader never takes one late beat for silence."""
+        return min(BEAT_S, self.beat_interval_s / 2) if self.beat_interval_s > 0 else BEAT_S
 
     # ---- what the training thread asks
 
@@ -171,7 +178,8 @@ class Follower(ReplicaState):
         is_in_doubt = view.is_in_doubt or (self._failed_in is not None and self._failed_in == view.quorum_id)
         self._doubt_at = IN_DOUBT if is_in_doubt else None
         if view.quorum_id != quorum_id:
-            self.phase = Phase.REDUCED if view.holds_average else Phase.RUNNING
+            is_reduced = view.holds_average and self._reopened != self._batch_number
+            self.phase = Phase.REDUCED if is_reduced else Phase.RUNNING
         elif self._key != key:
             self.phase = Phase.RUNNING
         out: list[Effect] = []
@@ -201,13 +209,13 @@ class Follower(ReplicaState):
                 is_live = self.is_settled and not self.is_frozen and self._doubt_at is None
                 if not is_live or key is None or quorum_id != key.quorum_id:
                     return []
-                self.phase = Phase.REDUCED
+                self.phase, self._reopened = Phase.REDUCED, 0
                 return [Tell(RankReduced(key, contributors, samples, shares))]
             case MoreReductions():
-                if self.is_frozen or key is None:
-                    return []
-                self.phase = Phase.RUNNING
-                return [Tell(RankReopened(key))]
+                self._reopened = self._batch_number
+                if not self.is_frozen:
+                    self.phase = Phase.RUNNING
+                return [Tell(RankReopened(self._batch_number))]
             case Deciding(together):
                 self._is_together = together
                 return [Tell(RankDecides(self._batch_number, together))]

@@ -80,9 +80,9 @@ class RankReduced(msgspec.Struct, frozen=True, array_like=True, tag="reduced"):
 
 
 class RankReopened(msgspec.Struct, frozen=True, array_like=True, tag="reopened"):
-    """It has one more reduction after all."""
+    """Batch `number` has one more reduction on it after all; said whatever has become of the quorum meanwhile."""
 
-    key: StepKey
+    number: int
 
 
 class RankDecides(msgspec.Struct, frozen=True, array_like=True, tag="decides"):

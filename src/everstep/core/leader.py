@@ -37,7 +37,7 @@ from everstep.core.group import (
     ToLeader,
     View,
 )
-from everstep.core.messages import Activity, Effect, Heartbeat, Send, Sever, Tell, ToMember
+from everstep.core.messages import Activity, Effect, Heartbeat, Notice, Send, Sever, Tell, ToMember
 from everstep.core.moves import (
     AskToLeave,
     BarrierEnded,
@@ -102,6 +102,7 @@ class Leader(Replica):
         self._batches = 0
         self._deciding: dict[int, bool] = {}  # who has come to the vote on this batch, and whether it wants a Prepare
         self._is_divided = False  # some do, some do not
+        self._is_reopened = False  # by a rank, while a round was open
         self._prepares = 0
         self._prepared = 0  # by this rank
 
@@ -167,7 +168,7 @@ class Leader(Replica):
 
     def begin_batch(self) -> list[Effect]:
         self._batches += 1
-        self.objection, self._is_divided = "", False
+        self.objection, self._is_divided, self._is_reopened = "", False, False
         self._deciding.clear()
         return [Tell(Began(self._batches, self.batch))]
 
@@ -191,7 +192,7 @@ class Leader(Replica):
                     return []
                 return self._rank_reduced(OWN, RankReduced(tally.key, contributors, samples, shares), now)
             case MoreReductions():
-                return self._rank_reopened(OWN, tally.key, now)
+                return self._rank_reopened(OWN, self._batches, now)
             case Deciding(together):
                 self._deciding[OWN] = together
                 return []
@@ -225,8 +226,8 @@ class Leader(Replica):
                 return self._rank_recovered(rank, quorum_id, now)
             case RankReduced():
                 return self._rank_reduced(rank, message, now)
-            case RankReopened(key):
-                return self._rank_reopened(rank, key, now)
+            case RankReopened(number):
+                return self._rank_reopened(rank, number, now)
             case RankDecides(number, together):
                 if number == self._batches:
                     self._deciding[rank] = together
@@ -276,12 +277,13 @@ class Leader(Replica):
         contributors = tally.reduced[OWN].contributors
         return super().receive(GradientsReduced(report.key.quorum_id, contributors, samples.digest()), now)
 
-    def _rank_reopened(self, rank: int, key: StepKey | None, now: float) -> list[Effect]:
-        if key is None or key != self._tally.key or self.is_frozen:
+    def _rank_reopened(self, rank: int, number: int, now: float) -> list[Effect]:
+        if number != self._batches:
             return []
         self._tally.reduced.pop(rank, None)
         self._tally.ballots.pop(rank, None)
         self._tally.is_prepared = False
+        self._is_reopened = self.is_frozen  # what was reported stands for the round; then the step goes on from here
         return super().receive(MoreReductions(), now)
 
     def _drain(self, event: AskToLeave, now: float) -> list[Effect]:
@@ -304,12 +306,22 @@ class Leader(Replica):
             return "the ranks of this group contributed different numbers of batches, or reduced in different quorums"
         return ""
 
+    def _freeze(self, message: Notice) -> list[Effect]:
+        """A group that puts notices off gets here when a collective failed on one rank: that frees the others, too."""
+        cut: list[Effect] = []
+        if self.quorum is not None and self.lineage is not None and not self.config.freezes_on_notice:
+            cut.append(Sever(self.quorum.id))
+        return cut + super()._freeze(message)
+
     # ---- after every event
 
     def _finish(self, effects: list[Effect], now: float) -> list[Effect]:
         """Turn to the new quorum or try, keep back what needs every rank, and show the followers what changed."""
         self._vouching.interval_s = self._beat_interval_s
         self._turn_tally()
+        if self._is_reopened and not self.is_frozen:
+            self._is_reopened = False
+            effects = [*effects, *super().receive(MoreReductions(), now)]
         self._let_prepare()
         out: list[Effect] = []
         for effect in effects:
@@ -323,7 +335,8 @@ class Leader(Replica):
                 out += super().receive(LinkUp(), now)
         view = self._view()
         if view != self._shown:
-            shown = view if self.quorum != self._shown_quorum else _without_quorum(view)
+            # The followers have the quorum of the last view already.
+            shown = view if self.quorum != self._shown_quorum else msgspec.structs.replace(view, quorum=None)
             self._shown, self._shown_quorum = view, self.quorum
             out.append(Tell(shown))
         return out
@@ -354,7 +367,10 @@ class Leader(Replica):
         self._is_divided = not all(wishes.values())
         if self._is_divided:  # on one rank a GradScaler found infinities, say: nobody can wait for it in a collective
             self._tally.ballots |= {rank: DIVIDED for rank, together in wishes.items() if together}
-        elif self.phase is Phase.REDUCED and self.vote is None and not self.is_frozen and not self._tally.is_prepared:
+            return
+        # Not before all have settled: a rank that waits for the others' barriers runs nothing.
+        is_due = self.phase is Phase.REDUCED and self.vote is None and self.is_settled and not self.is_frozen
+        if is_due and not self._tally.is_prepared and not self.has_left:
             self._tally.is_prepared = True
             self._prepares += 1
 
@@ -381,9 +397,3 @@ class Leader(Replica):
             waiting_for=self.waiting_for,
             beat_interval_s=self._beat_interval_s,
         )
-
-
-def _without_quorum(view: View) -> View:
-    """The followers have it already."""
-    fields = {name: getattr(view, name) for name in view.__struct_fields__}
-    return View(**(fields | {"quorum": None}))

@@ -156,7 +156,7 @@ class ReplicaState:
     def awaits_plan(self) -> bool:
         """The barrier has not ended on every rank of the group; nothing else happened to the quorum."""
         is_undecided = self.plan is None and not self.is_settled and self._doubt_at is None
-        return is_undecided and self.quorum is not None and not self.is_frozen
+        return is_undecided and self.quorum is not None and not self.is_frozen and not self.has_left
 
     @property
     def has_proposal(self) -> bool:

@@ -27,7 +27,6 @@ from everstep.link.group_frames import (
 )
 
 RETRY_S = 0.05
-BEAT_S = 0.125
 CLOSE_S = 5.0
 
 _decoder: msgspec.msgpack.Decoder[ToFollower] = msgspec.msgpack.Decoder(ToFollower)
@@ -36,7 +35,9 @@ _decoder: msgspec.msgpack.Decoder[ToFollower] = msgspec.msgpack.Decoder(ToFollow
 class FollowerHandler(Protocol):
     """On the channel's thread."""
 
-    def beat(self) -> RankBeat: ...
+    def beat(self) -> tuple[RankBeat, float]:
+        """What to say, and after how many seconds to ask again."""
+        ...
 
     def on_leader(self, message: ToFollower) -> None: ...
 
@@ -127,8 +128,9 @@ class GroupClient:
             while True:
                 now = time.monotonic()
                 if now >= beat_at:
-                    beat_at = now + BEAT_S
-                    self.send(self._handler.beat())
+                    beat, after_s = self._handler.beat()
+                    beat_at = now + after_s
+                    self.send(beat)
                 if not poll.poll(max(0.0, beat_at - now) * 1e3 + 1):
                     continue
                 data = sock.recv(READ_BYTES)

@@ -247,11 +247,11 @@ class FollowerPresence(RankPresence):
 
     # ---- FollowerHandler: the channel's thread
 
-    def beat(self) -> RankBeat:
+    def beat(self) -> tuple[RankBeat, float]:
         grace_s, self._asked_grace_s = self._asked_grace_s, None
         if grace_s is not None:
             self.feed(AskToLeave(grace_s))
-        return self.follower.beat(time.monotonic())
+        return self.follower.beat(time.monotonic()), self.follower.beat_after_s
 
     def on_leader(self, message: ToFollower) -> None:
         try:

@@ -314,11 +314,13 @@ class Manager:
             self.decide(objection="this step was skipped: a GradScaler found infinities, or step() was never called")
 
     def _before_vote(self, before_step: Callable[[], object] | None) -> str:
-        for reducer in self._reducers:
-            if objection := reducer.objection():
-                return objection
+        objection = next(filter(None, (reducer.objection() for reducer in self._reducers)), "")
+        if objection and self._here().group_size == 1:
+            return objection
         if before_step is not None:
-            before_step()
+            before_step()  # in a group of several ranks whatever this one objects to: the others are in it
+        if objection:
+            return objection
         for reducer in self._reducers:
             reducer.settle()
         if self._error is not None:
