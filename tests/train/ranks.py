@@ -1,6 +1,8 @@
 """A training job whose replica groups have several ranks, each a process of its own."""
 
+import contextlib
 import socket
+from collections.abc import Iterator
 from typing import Any
 
 from tests.train.job import Job, Running, assert_same_bits
@@ -21,7 +23,7 @@ class RankedJob(Job):
 
     def start_team(self, group: int, plans: dict[int, dict[str, Any]] | None = None, **plan: Any) -> list[Running]:
         """`plans` are by rank; `plan` is everybody's."""
-        place = {"ranks": self.ranks, "leader": f"127.0.0.1:{free_port()}", **plan}
+        place = {"ranks": self.ranks, "leader": f"127.0.0.1:{self._stack.enter_context(reserved_port())}", **plan}
         self.team[group] = [
             self.start(group, rank=rank, **(place | (plans or {}).get(rank, {}))) for rank in range(self.ranks)
         ]
@@ -49,10 +51,18 @@ class RankedJob(Job):
             assert member.process.exitcode not in (0, None), self.describe()
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+@contextlib.contextmanager
+def reserved_port() -> Iterator[int]:
+    """A port where only a listener that names it can bind, until the block ends.
+
+    A port that was merely free a moment ago is not: before rank 0 has imported torch, any of the hundreds of sockets
+    that the processes of this test and of others open may get it. Bound and not listening, it is passed over when the
+    kernel picks a port, and a listener with SO_REUSEADDR may still have it.
+    """
+    with socket.socket() as holder:
+        holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        holder.bind(("127.0.0.1", 0))
+        yield int(holder.getsockname()[1])
 
 
 def assert_ranks_agree(job: RankedJob) -> None:

@@ -1,5 +1,6 @@
 """Replica groups of several ranks: they agree on every step, fail as one, and come back as one."""
 
+import contextlib
 import os
 import signal
 import time
@@ -12,7 +13,7 @@ from everstep.core.events import EventKind
 from everstep.lighthouse.app import Lighthouse
 from tests.support.processes import Spawner
 from tests.train.job import assert_nothing_lost
-from tests.train.ranks import RankedJob, assert_ranks_agree, free_port, samples_by_step
+from tests.train.ranks import RankedJob, assert_ranks_agree, reserved_port, samples_by_step
 
 
 def test_two_groups_of_two_ranks_hold_two_shards_and_draw_each_sample_once() -> None:
@@ -149,10 +150,11 @@ def test_two_torchruns_of_two_ranks_train_one_model(tmp_path: Path, spawn: Spawn
     """The ranks meet in torchrun's own store, and average within their group by torch.distributed beside Everstep."""
     script = tmp_path / "script.py"
     script.write_text(SCRIPT)
-    with Lighthouse.in_thread(LighthouseSettings(port=0)) as lighthouse:
+    with contextlib.ExitStack() as ports, Lighthouse.in_thread(LighthouseSettings(port=0)) as lighthouse:
         runs = []
         for group in range(2):
-            rendezvous = ["--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{free_port()}", f"--rdzv-id={group}"]
+            endpoint = f"127.0.0.1:{ports.enter_context(reserved_port())}"
+            rendezvous = ["--rdzv-backend=c10d", f"--rdzv-endpoint={endpoint}", f"--rdzv-id={group}"]
             command = ["-m", "torch.distributed.run", *rendezvous, "--nproc-per-node=2", "--local-addr=127.0.0.1"]
             env = {
                 "EVERSTEP_LIGHTHOUSE": lighthouse.address,
