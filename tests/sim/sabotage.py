@@ -3,7 +3,10 @@
 import msgspec
 
 from everstep.core.admission import Admission
+from everstep.core.follower import Follower
 from everstep.core.founding import FoundingDesk
+from everstep.core.group import RankReduced, ToLeader, View
+from everstep.core.leader import Leader
 from everstep.core.lighthouse import Event, JobConfig, LighthouseMachine, LinkMessage
 from everstep.core.messages import (
     Adopted,
@@ -13,6 +16,7 @@ from everstep.core.messages import (
     Notice,
     Persist,
     Send,
+    Sever,
     Switch,
     ToMember,
     whole,
@@ -22,7 +26,7 @@ from everstep.core.quorum import RoundView, Won, count_round
 from everstep.core.reconfiguration import Reconfigurer
 from everstep.core.replica import Replica
 from everstep.core.roster import Peer
-from everstep.core.types import Action, Phase, QuorumId, Report
+from everstep.core.types import Action, FailureRound, Phase, QuorumId, Report
 
 # ---- members
 
@@ -270,3 +274,111 @@ class NeverOpensARoundForFailed(LighthouseMachine):
         if isinstance(event, LinkMessage) and type(event.message).__name__ == "Failed":
             return self.tick(now)
         return super().receive(event, now)
+
+
+# ---- the ranks of a group (leader.py, follower.py)
+
+
+class VotesForItsFollowers(Leader):
+    """The group's vote is cast without the other ranks' ballots."""
+
+    def cast_ballot(self, objection: str) -> tuple[VoteCast | None, list[Effect]]:
+        self._tally.ballots |= dict.fromkeys(range(self.group_size), "")
+        return super().cast_ballot(objection)
+
+
+class ReducesForItsFollowers(Leader):
+    """The step is reduced when the leader's reductions are."""
+
+    def _rank_reduced(self, rank: int, report: RankReduced, now: float) -> list[Effect]:
+        out: list[Effect] = []
+        for each in range(self.group_size) if rank == 0 else ():
+            out += super()._rank_reduced(each, report, now)
+        return out
+
+
+class SettlesForItsFollowers(Leader):
+    """The state is recovered when the leader's part of it is."""
+
+    def _rank_recovered(self, rank: int, quorum_id: QuorumId, now: float) -> list[Effect]:
+        self._tally.recovered |= dict.fromkeys(range(self.group_size)).keys()
+        return super()._rank_recovered(rank, quorum_id, now)
+
+
+class TakesLateReports(Leader):
+    """A follower's report counts for whatever try is under way."""
+
+    def _from_rank(self, rank: int, message: ToLeader, now: float) -> list[Effect]:
+        if isinstance(message, RankReduced) and self._tally.key is not None:
+            message = msgspec.structs.replace(message, key=self._tally.key)
+        return super()._from_rank(rank, message, now)
+
+
+class ForgetsReopenedSteps(Leader):
+    """A reduction that a rank adds while a round is open is not heard of."""
+
+    def _rank_reopened(self, rank: int, number: int, now: float) -> list[Effect]:
+        return [] if self.is_frozen else super()._rank_reopened(rank, number, now)
+
+
+class PreparesUnsettled(Leader):
+    """`before_step` runs while some ranks wait for the others' barriers."""
+
+    def _let_prepare(self) -> None:
+        is_settled, self.is_settled = self.is_settled, self.quorum is not None
+        super()._let_prepare()
+        self.is_settled = is_settled
+
+
+class VouchesForTheSilent(Leader):
+    """Heartbeats and Ready go out though a rank is silent."""
+
+    def _finish(self, effects: list[Effect], now: float) -> list[Effect]:
+        for rank in range(1, self.group_size):
+            self._vouching.heard(rank, now)
+            self._vouching.froze(rank, FailureRound(1 << 30, 1 << 30))
+        return super()._finish(effects, now)
+
+
+class GoesBeforeTheOthers(Leader):
+    """The group says Goodbye when the first rank has ended."""
+
+    def _rank_leaves(self, rank: int, reason: str, now: float) -> list[Effect]:
+        for each in range(self.group_size):
+            self._ranks_left.setdefault(each, reason)
+        return super()._rank_leaves(rank, reason, now)
+
+
+class KeepsItsCollectives(Follower):
+    """A notice does not sever a follower's collectives."""
+
+    def _show(self, view: View) -> list[Effect]:
+        return [effect for effect in super()._show(view) if not isinstance(effect, Sever)]
+
+
+class ForgetsItsAverage(Follower):
+    """What a follower has reduced does not outlive a change of the quorum."""
+
+    def _show(self, view: View) -> list[Effect]:
+        return super()._show(msgspec.structs.replace(view, holds_average=False))
+
+
+class GoesByTheLeadersAverage(Follower):
+    """A reduction that it added as a grant came is forgotten."""
+
+    def _show(self, view: View) -> list[Effect]:
+        self._reopened = 0
+        return super()._show(view)
+
+
+class BallotsOnce(Follower):
+    """It does not vote again where the same step is voted on in another quorum."""
+
+    def cast_ballot(self, objection: str) -> tuple[VoteCast | None, list[Effect]]:
+        cast, effects = super().cast_ballot(objection)
+        if self._step_voted == (self.step, self.attempt):
+            return cast, []
+        self._step_voted = (self.step, self.attempt)
+        return cast, effects
+
+    _step_voted = (-1, -1)

@@ -2,6 +2,7 @@
 
 import argparse
 import concurrent.futures
+import dataclasses
 import functools
 import gc
 import sys
@@ -18,24 +19,44 @@ SCALE_GROUPS_MIN = 1000  # from here on it is about cost: one quorum, one failur
 CHUNK = 100  # seeds that a worker process gets at a time
 
 
+@dataclasses.dataclass(frozen=True)
+class Size:
+    """Of a schedule: replica groups and ranks of each, both from and to, of which the seed takes one; and steps."""
+
+    groups: tuple[int, int]
+    ranks: tuple[int, int]
+    steps: int
+
+    def world(self, seed: int, replica_type: type[Replica]) -> World:
+        (fewest, most), (few, many) = self.groups, self.ranks
+        span = most - fewest + 1
+        ranks = few + seed // span % (many - few + 1)
+        return World(seed, groups=fewest + seed % span, steps=self.steps, replica_type=replica_type, ranks=ranks)
+
+
+def _span(text: str) -> tuple[int, int]:
+    first, _, last = text.partition(":")
+    return int(first), int(last or first)
+
+
 def main(argv: list[str] | None = None, *, replica_type: type[Replica] = Replica) -> int:
     parser = argparse.ArgumentParser(prog="python -m everstep.sim", description=__doc__)
     parser.add_argument("--seed", type=int, help="run this one and say what happened")
     parser.add_argument("--seeds", help="FROM:TO, run each and say what failed", default="0:100")
     parser.add_argument("--groups", default="2:5", help="replica groups, or FROM:TO, drawn from the seed; default 2:5")
+    parser.add_argument("--ranks", default="1", help="of a replica group, or FROM:TO; default 1")
     parser.add_argument("--steps", type=int, default=12, help="length of the faulty part, and steps to go after it")
     parser.add_argument("--jobs", type=int, default=1, help="processes that share the seeds")
     parser.add_argument("--trace", action="store_true", help="print every state change")
     args = parser.parse_args(argv)
-    fewest, _, most = args.groups.partition(":")
-    groups = (int(fewest), int(most or fewest))
+    groups, ranks = _span(args.groups), _span(args.ranks)
     if groups[0] >= SCALE_GROUPS_MIN:
         return _run_at_scale(groups[0])
     if args.seed is not None:
-        return 0 if _run(args.seed, groups, args.steps, args.trace, replica_type).is_ok else 1
+        return 0 if _run(args.seed, Size(groups, ranks, args.steps), args.trace, replica_type).is_ok else 1
     first, last = map(int, args.seeds.split(":"))
     chunks = [range(at, min(at + CHUNK, last)) for at in range(first, last, CHUNK)]
-    run_chunk = functools.partial(_run_chunk, groups=groups, steps=args.steps, replica_type=replica_type)
+    run_chunk = functools.partial(_run_chunk, size=Size(groups, ranks, args.steps), replica_type=replica_type)
     counts: dict[str, int] = {}
     if args.jobs > 1:
         with concurrent.futures.ProcessPoolExecutor(args.jobs) as pool:
@@ -46,38 +67,35 @@ def main(argv: list[str] | None = None, *, replica_type: type[Replica] = Replica
     return 1 if failed else 0
 
 
-def _run(seed: int, groups: tuple[int, int], steps: int, is_traced: bool, replica_type: type[Replica]) -> Outcome:
-    fewest, most = groups
-    number = fewest + seed % (most - fewest + 1)
-    world = World(seed, groups=number, steps=steps, replica_type=replica_type)
+def _run(seed: int, size: Size, is_traced: bool, replica_type: type[Replica]) -> Outcome:
+    world = size.world(seed, replica_type)
     if is_traced:
         world.trace = _print_line
     outcome = world.run()
     _print_line(str(outcome))
     if not outcome.is_ok:
-        _print_line(_how_to_reproduce(seed, number, steps))
+        _print_line(_how_to_reproduce(world))
     return outcome
 
 
-def _how_to_reproduce(seed: int, groups: int, steps: int) -> str:
-    return f"reproduce: python -m everstep.sim --seed {seed} --groups {groups} --steps {steps} --trace"
+def _how_to_reproduce(world: World) -> str:
+    ranks = f" --ranks {world.ranks}" if world.ranks > 1 else ""
+    size = f"--groups {world.groups}{ranks} --steps {world.steps}"
+    return f"reproduce: python -m everstep.sim --seed {world.seed} {size} --trace"
 
 
-def _run_chunk(
-    seeds: range, *, groups: tuple[int, int], steps: int, replica_type: type[Replica]
-) -> tuple[dict[str, int], list[str]]:
+def _run_chunk(seeds: range, *, size: Size, replica_type: type[Replica]) -> tuple[dict[str, int], list[str]]:
     """How often each verdict came, and what to say of the seeds that failed."""
-    fewest, most = groups
     counts: dict[str, int] = {}
     said: list[str] = []
     gc.disable()  # a world is a web of cycles that lives for one seed
     for seed in seeds:
-        number = fewest + seed % (most - fewest + 1)
-        outcome = World(seed, groups=number, steps=steps, replica_type=replica_type).run()
+        world = size.world(seed, replica_type)
+        outcome = world.run()
         word = outcome.verdict.split(" ")[0]
         counts[word] = counts.get(word, 0) + 1
         if not outcome.is_ok:
-            said += [str(outcome), _how_to_reproduce(seed, number, steps)]
+            said += [str(outcome), _how_to_reproduce(world)]
         gc.collect()
     gc.enable()
     return counts, said

@@ -3,7 +3,7 @@
 import dataclasses
 import hashlib
 
-from everstep.core.replica import Replica
+from everstep.core.replica_state import ReplicaState
 from everstep.core.types import Lineage, MemberId, QuorumId
 
 Batch = tuple[str, int]  # (name of a process, number of its batch)
@@ -38,7 +38,7 @@ class Checkers:
         self._quorum_of: dict[str, QuorumId] = {}
         self._lineage_of: dict[str, Lineage] = {}
 
-    def observe(self, process: str, replica: Replica) -> None:
+    def observe(self, process: str, replica: ReplicaState) -> None:
         """After every event of `process`: ids grow and name one membership (I5); one lineage a step (I1, I3)."""
         if replica.quorum is not None:
             self._check_quorum(process, replica)
@@ -57,7 +57,7 @@ class Checkers:
         if known != lineage.digest:
             raise Violation(f"I1 {process} has another lineage at step {lineage.step} of {lineage.history}")
 
-    def _check_quorum(self, process: str, replica: Replica) -> None:
+    def _check_quorum(self, process: str, replica: ReplicaState) -> None:
         assert replica.quorum is not None
         quorum_id = replica.quorum.id
         if quorum_id < self._quorum_of.get(process, quorum_id):
@@ -88,7 +88,7 @@ class Checkers:
             if step != lineage.step:
                 raise Violation(f"I4 batch {batch} counts in steps {step} and {lineage.step}")
 
-    def ledger(self, process: str, replica: Replica, wall_s: float, now: float) -> None:
+    def ledger(self, process: str, replica: ReplicaState, wall_s: float, now: float) -> None:
         """Every instant of the process is on one account."""
         spent_s = replica.ledger.spent(now).total_ms / 1e3
         if abs(spent_s - wall_s) > 0.01:

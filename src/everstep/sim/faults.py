@@ -5,12 +5,11 @@ import random
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from everstep.core.moves import Leave
 from everstep.core.types import natural_key
 from everstep.sim.network import Delays
 
 if TYPE_CHECKING:
-    from everstep.sim.process import Process
+    from everstep.sim.party import Party
     from everstep.sim.world import World
 
 # Points a trigger may name. A member reaches one after it handled what the point is called after; the lighthouse
@@ -41,6 +40,24 @@ LIGHTHOUSE_POINTS = (
     "lighthouse:Persist",
     "lighthouse:Persisted",
 )
+# Reached in groups of several ranks as well: by a follower that heard its leader, or a leader that heard a follower.
+RANK_POINTS = (
+    "View",
+    "Began",
+    "Decided",
+    "Deciding",
+    "Prepare",
+    "Prepared",
+    "MoreReductions",
+    "RankFroze",
+    "RankSettled",
+    "RankRecovered",
+    "RankReduced",
+    "RankReopened",
+    "RankDecides",
+    "Ballot",
+    "RankFailed",
+)
 FAULTS_AT_POINTS = ("kill", "kill", "kill_unnoticed", "link", "stall_up", "stall_down", "stop", "lighthouse", "error")
 
 
@@ -48,7 +65,8 @@ FAULTS_AT_POINTS = ("kill", "kill", "kill_unnoticed", "link", "stall_up", "stall
 class Trigger:
     """Strike with `fault` when `by` (any member: None) reaches `point` for the nth time.
 
-    `victim` is a replica_id, "self" (who reached it) or "other". `seconds` is how long it lasts, or until the restart.
+    `victim` is a replica_id, "follower of" one, "self" (who reached it) or "other". `seconds` is how long it lasts, or
+    until the restart.
     """
 
     point: str
@@ -60,9 +78,9 @@ class Trigger:
     seconds: float | None = None
 
     @staticmethod
-    def drawn(rng: random.Random) -> "Trigger":
+    def drawn(rng: random.Random, more_points: tuple[str, ...] = ()) -> "Trigger":
         return Trigger(
-            point=rng.choice(MEMBER_POINTS * 2 + LIGHTHOUSE_POINTS),
+            point=rng.choice(MEMBER_POINTS * 2 + LIGHTHOUSE_POINTS + more_points),
             fault=rng.choice(FAULTS_AT_POINTS),
             nth=rng.choice((1, 2, 3, 5, 8, 13, 21)),
             victim=rng.choice(("self", "self", "other")),
@@ -92,6 +110,31 @@ class Faults:
     at_points: int = 0  # triggers, drawn
     hang: int = 0  # a training thread stands still while its link lives
     drain_group: int = 0  # the operator asks a group to leave
+    # Of followers, in groups of several ranks; the others strike leaders.
+    rank_kill: int = 0
+    rank_kill_unnoticed: int = 0
+    rank_stop: int = 0
+    rank_stall: int = 0  # its channel to the leader, and back, delivers nothing for a while
+    rank_stall_up: int = 0
+    rank_stall_down: int = 0
+    rank_error: int = 0
+    rank_drain: int = 0
+    rank_hang: int = 0
+
+    def with_those_of_ranks(self, rng: random.Random) -> "Faults":
+        """`rng` is a stream of its own."""
+        return dataclasses.replace(
+            self,
+            rank_kill=rng.choice((0, 1, 1, 2)),
+            rank_kill_unnoticed=rng.choice((0, 0, 0, 1)),
+            rank_stop=rng.choice((0, 0, 1, 2)),
+            rank_stall=rng.choice((0, 0, 1)),
+            rank_stall_up=rng.choice((0, 0, 0, 1)),
+            rank_stall_down=rng.choice((0, 0, 0, 1)),
+            rank_error=rng.choice((0, 0, 1, 2)),
+            rank_drain=rng.choice((0, 0, 0, 0, 0, 1)),
+            rank_hang=rng.choice((0, 0, 0, 0, 0, 1)),
+        )
 
     @staticmethod
     def drawn(rng: random.Random) -> "Faults":
@@ -148,12 +191,17 @@ class Injector:
         self._world = world
         self._rng = world.rng
         self._faults = faults
-        drawn = [Trigger.drawn(self._rng) for _ in range(faults.at_points)]
+        more_points = RANK_POINTS if world.ranks > 1 else ()
+        drawn = [Trigger.drawn(self._rng, more_points) for _ in range(faults.at_points)]
         self._waiting: list[tuple[Trigger, list[int]]] = [(t, [0]) for t in (*triggers, *drawn)]
         self._unstruck = len(triggers)  # of those that were asked for: the faulty part lasts until they struck
         self._vetoes = 0
         self._is_calm = False
         self.done: list[str] = []
+
+    @property
+    def is_calm(self) -> bool:
+        return self._is_calm
 
     @property
     def is_spent(self) -> bool:
@@ -184,7 +232,7 @@ class Injector:
             return True
         return False
 
-    def reached(self, point: str, process: "Process | None") -> None:
+    def reached(self, point: str, process: "Party | None") -> None:
         """`process` (None: the lighthouse) is at `point`."""
         for trigger, count in list(self._waiting):
             if trigger.point != point:
@@ -196,7 +244,7 @@ class Injector:
                 self._waiting = [pair for pair in self._waiting if pair[0] is not trigger]
                 self._pull(trigger, process)
 
-    def _pull(self, trigger: Trigger, process: "Process | None") -> None:
+    def _pull(self, trigger: Trigger, process: "Party | None") -> None:
         def strike() -> None:
             self._unstruck -= 1
             if not self._is_calm:
@@ -208,20 +256,23 @@ class Injector:
         else:
             self._world.after(trigger.after_s, strike)
 
-    def _victim_of(self, trigger: Trigger, process: "Process | None") -> "Process | None":
+    def _victim_of(self, trigger: Trigger, process: "Party | None") -> "Party | None":
         if trigger.victim == "self":
             return process
         if trigger.victim == "other":
             others = [p for p in self._living() if p is not process]
             return self._rng.choice(others) if others else None
+        if trigger.victim.startswith("follower of "):
+            replica_id = trigger.victim.removeprefix("follower of ")
+            return next((p for p in self._world.teams.followers() if p.replica_id == replica_id), None)
         return self._world.processes.get(trigger.victim)
 
-    def _living(self) -> "list[Process]":
+    def _living(self) -> "list[Party]":
         return sorted(self._world.living(), key=lambda p: natural_key(p.name))
 
     # ---- the faults
 
-    def _strike(self, kind: str, victim: "Process | None", seconds: float | None) -> None:
+    def _strike(self, kind: str, victim: "Party | None", seconds: float | None) -> None:
         if kind == "lighthouse":
             self._lighthouse(seconds)
         elif kind == "lighthouse_stop":
@@ -234,12 +285,13 @@ class Injector:
             self._strike("kill", None, None)
             self._world.after(self._rng.uniform(0, 0.002), lambda: self._strike("kill", None, None))
         else:
-            living = self._living()
+            is_of_rank = kind.startswith("rank_")
+            living = self._world.teams.followers() if is_of_rank else self._living()
             if victim is None and living:
                 victim = self._rng.choice(living)
             if victim is None or not victim.is_alive:
                 return
-            act: Callable[[Process, float | None], None] = getattr(self, f"_{kind}")
+            act: Callable[[Party, float | None], None] = getattr(self, f"_{kind.removeprefix('rank_')}")
             self.done.append(f"{kind} {victim.name}")
             act(victim, seconds)
 
@@ -249,7 +301,7 @@ class Injector:
             self._world.lighthouse.crash()
             self._world.after(self._or(seconds, (0.01, 0.5, 3.0)), self._world.lighthouse.start)
 
-    def _kill(self, victim: "Process", seconds: float | None, is_noticed: bool = True) -> None:
+    def _kill(self, victim: "Party", seconds: float | None, is_noticed: bool = True) -> None:
         if len(self._world.living()) < 2:
             self.done.pop()
             return
@@ -257,47 +309,47 @@ class Injector:
         delay = self._or(seconds, (0.0, 0.01, 0.2, 1.0, 3.0))
         self._world.after(delay, lambda: self._world.restart(victim.replica_id))
 
-    def _kill_unnoticed(self, victim: "Process", seconds: float | None) -> None:
+    def _kill_unnoticed(self, victim: "Party", seconds: float | None) -> None:
         self._kill(victim, seconds, is_noticed=False)
 
-    def _link(self, victim: "Process", seconds: float | None) -> None:
+    def _link(self, victim: "Party", seconds: float | None) -> None:
         victim.link_lost("lost", self._or(seconds, (0.005, 0.1, 1.0, 4.0)))
 
-    def _stall(self, victim: "Process", seconds: float | None) -> None:
+    def _stall(self, victim: "Party", seconds: float | None) -> None:
         victim.stall_link(self._or(seconds, (0.05, 0.5, 3.0)))
 
-    def _stall_up(self, victim: "Process", seconds: float | None) -> None:
+    def _stall_up(self, victim: "Party", seconds: float | None) -> None:
         victim.stall_link(self._or(seconds, (0.05, 0.5, 3.0)), down=False)
 
-    def _stall_down(self, victim: "Process", seconds: float | None) -> None:
+    def _stall_down(self, victim: "Party", seconds: float | None) -> None:
         victim.stall_link(self._or(seconds, (0.05, 0.5, 3.0)), up=False)
 
-    def _stop(self, victim: "Process", seconds: float | None) -> None:
+    def _stop(self, victim: "Party", seconds: float | None) -> None:
         victim.stop(self._or(seconds, (0.05, 0.5, 3.0, 6.0)))
 
-    def _error(self, victim: "Process", _seconds: float | None) -> None:
+    def _error(self, victim: "Party", _seconds: float | None) -> None:
         victim.report_spurious_error(self._rng.choice((None, None, 0, 1, 2)))
 
-    def _drain(self, victim: "Process", _seconds: float | None) -> None:
+    def _drain(self, victim: "Party", _seconds: float | None) -> None:
         if len(self._world.living()) < 2:
             self.done.pop()
             return
         victim.drain()
 
-    def _hang(self, victim: "Process", _seconds: float | None) -> None:
+    def _hang(self, victim: "Party", _seconds: float | None) -> None:
         victim.hang()
 
-    def _drain_group(self, victim: "Process", _seconds: float | None) -> None:
+    def _drain_group(self, victim: "Party", _seconds: float | None) -> None:
         if len(self._world.living()) < 2:
             self.done.pop()
             return
         self._world.lighthouse.drain(victim.replica_id)
 
-    def _leave(self, victim: "Process", _seconds: float | None) -> None:
+    def _leave(self, victim: "Party", _seconds: float | None) -> None:
         if len(self._world.living()) < 2:
             self.done.pop()
             return
-        victim.feed(Leave("done"))
+        victim.leave()
 
     def _or(self, seconds: float | None, choices: tuple[float, ...]) -> float:
         return seconds if seconds is not None else self._rng.choice(choices)

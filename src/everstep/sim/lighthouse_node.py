@@ -8,7 +8,7 @@ from everstep.core.messages import Close, Effect, JournalRecord, Log, Persist, P
 from everstep.sim.checkers import Violation
 
 if TYPE_CHECKING:
-    from everstep.sim.process import Process
+    from everstep.sim.party import Party
     from everstep.sim.world import World
 
 
@@ -24,7 +24,7 @@ class LighthouseNode:
         self._lives = 0
         self._queue: list[Effect] = []
         self._writing = False
-        self._links: dict[int, Process] = {}
+        self._links: dict[int, Party] = {}
         self._tick_at: float | None = None
         self.logs: list[Log] = []
         self.events = EventLog("sim", "sim", 1000)
@@ -52,7 +52,7 @@ class LighthouseNode:
         """The process is stopped and continued: it notices nothing, its clock goes on."""
         self._stopped_until = max(self._stopped_until, self._world.now + seconds)
 
-    def opened(self, link: int, process: "Process") -> None:
+    def opened(self, link: int, process: "Party") -> None:
         self._links[link] = process
         self._feed(LinkOpened(link))
 

@@ -1,212 +1,33 @@
-"""A replica group's process in the virtual world: a link, and a training thread that follows the machine's moves."""
+"""A replica group of one process in the virtual world: a training thread that follows the machine's moves."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from everstep.core.messages import Activity, Effect, Exit, Log, Send, Sever, ToMember
-from everstep.core.moves import (
-    AskToLeave,
-    BarrierEnded,
-    Build,
-    CollectiveFailed,
-    GradientsReduced,
-    LinkDown,
-    LinkUp,
-    ReadyToJoin,
-    Recover,
-    Reduce,
-    ReplicaConfig,
-    ReplicaEvent,
-    StateRecovered,
-    Vote,
-    VoteEnded,
-)
-from everstep.core.recovery_plan import Claim
+from everstep.core.messages import Activity
+from everstep.core.moves import Build, GradientsReduced, Recover, Reduce, ReplicaConfig, Vote, VoteEnded
 from everstep.core.replica import Replica
-from everstep.core.types import Lineage, Quorum, QuorumId
+from everstep.core.types import Quorum, QuorumId
 from everstep.sim.checkers import Batch, Violation, Weights
-from everstep.sim.network import Channel
+from everstep.sim.party import Party
 
 if TYPE_CHECKING:
     from everstep.sim.world import World
 
 
-COLLECTIVE_TIMEOUT_S = 30.0  # where no notice ends them: longer than anybody computes
+class Process(Party):
+    """One start of it."""
 
-
-class Process:
-    """One start of a replica group's process: its machine, its link, and what its training thread does."""
+    replica: Replica
 
     def __init__(self, world: "World", name: str, config: ReplicaConfig, initial: Weights) -> None:
-        self._world = world
-        self.name = name
-        self.replica_id = config.replica_id
-        self.replica: Replica = world.replica_type(config)
-        self.is_alive = True
-        self.weights = initial
-        self._link: int | None = None
-        self._up: Channel | None = None
-        self._down: Channel | None = None
-        self._tick_at: float | None = None
-        self._busy: object | None = None  # what the training thread waits for
+        super().__init__(world, name, config.replica_id, initial)
+        self.replica = world.replica_type(config)
         self._batch: Batch = (name, 1)
         self._batch_for: tuple[int, int, int] | None = None  # (step, attempt, evictions) whose gradient is computed
         self._gradient: tuple[Batch, ...] | None = None
-        self._applied_step = -1
         self._evictions = 0
-        self.frozen_until = 0.0  # stopped: neither thread runs
         self.steps_aborted = 0
-        self._is_leaving = False
-        self._is_ready = False
-        self._hangs_next = self._is_hung = False
-        self.born_at = world.now
         self.replica.ledger.begin(world.now)
-
-    # ---- link
-
-    def start(self) -> None:
-        self.connect()
-
-        def ready() -> None:
-            self._is_ready = True
-            self.feed(ReadyToJoin())
-
-        self._world.after_delay("startup", ready)
-
-    def connect(self) -> None:
-        lighthouse = self._world.lighthouse
-        if not self.is_alive or self._link is not None:
-            return
-        if not lighthouse.is_up or self._world.now < self.frozen_until:
-            self._world.after(0.02, self.connect)
-            return
-        self._link = self._world.new_link()
-        self._up, self._down = self._world.new_channel(), self._world.new_channel()
-        link = self._link
-        lighthouse.opened(link, self)
-        self.feed(LinkUp())
-
-    def link_lost(self, detail: str, reconnect_after: float | None = None, is_noticed: bool = True) -> None:
-        """Both directions drop what is under way; the lighthouse notices a little later, or never."""
-        link, self._link = self._link, None
-        if link is None:
-            return
-        assert self._up is not None
-        assert self._down is not None
-        self._up.is_open = self._down.is_open = False
-        if is_noticed:
-            self._world.after_delay("notice_of_death", lambda: self._world.lighthouse.closed(link, detail))
-        if self.is_alive:
-            self.feed(LinkDown())
-            delay = reconnect_after if reconnect_after is not None else self._world.rng.uniform(0.005, 0.1)
-            self._world.after(delay, self.connect)
-
-    def stall_link(self, seconds: float, *, up: bool = True, down: bool = True) -> None:
-        for channel, is_stalled in ((self._up, up), (self._down, down)):
-            if channel is not None and is_stalled:
-                channel.stalled_until = self._world.now + seconds
-
-    def from_lighthouse(self, link: int, message: ToMember) -> None:
-        assert self._down is not None
-        if link == self._link:
-            self._down.send(lambda: self._arrived(link, message))
-
-    def _arrived(self, link: int, message: ToMember) -> None:
-        if self._world.now < self.frozen_until:
-            self._world.at(self.frozen_until, lambda: self._arrived(link, message))
-        elif self.is_alive and link == self._link:
-            self.feed(message)
-
-    # ---- both threads
-
-    def feed(self, event: "ToMember | ReplicaEvent") -> None:
-        """From the link thread: the training thread sees the outcome a little later."""
-        if self.is_alive:
-            self._perform(self.replica.receive(event, self._world.now))
-            self._world.after_delay("wake", self._advance)
-            self._world.faults.reached(type(event).__name__, self)
-
-    def _report(self, event: "ReplicaEvent") -> None:
-        """From the training thread, which goes on at once."""
-        if self.is_alive:
-            self._perform(self.replica.receive(event, self._world.now))
-            self._world.faults.reached(type(event).__name__, self)
-            self._advance()
-
-    def _perform(self, effects: list[Effect]) -> None:
-        self._world.checkers.observe(self.name, self.replica)
-        for effect in effects:
-            match effect:
-                case Send(message, _):
-                    self._world.count_message()
-                    link, up = self._link, self._up
-                    if link is not None and up is not None:
-                        up.send(lambda m=message, k=link: self._world.lighthouse.message(k, m))  # type: ignore[misc]
-                case Sever(up_to):
-                    self._sever(up_to)
-                case Exit():
-                    self._world.exited(self)
-                case Log():
-                    self._world.log(self.name, effect)
-                case _:
-                    raise Violation(f"a member's machine returned {effect}")
-        self._arm()
-
-    def _arm(self) -> None:
-        deadline = self.replica.next_deadline()
-        if deadline is None or (self._tick_at is not None and self._world.now < self._tick_at <= deadline):
-            return
-        self._tick_at = deadline
-
-        def tick() -> None:
-            if not self.is_alive:
-                return
-            if self._world.now < self.frozen_until:
-                self._world.at(self.frozen_until, tick)
-                return
-            self._tick_at = None
-            due = self.replica.next_deadline()
-            if due is not None and self._world.now >= due:
-                self._perform(self.replica.tick(self._world.now))
-            else:
-                self._arm()
-
-        self._world.at(max(deadline, self._world.now), tick)
-
-    def kill(self, *, is_noticed: bool = True) -> None:
-        if not self.is_alive:
-            return
-        self.is_alive = False
-        self._busy = None
-        self._world.leave_quorums(self.name, None)
-        self.link_lost("killed", is_noticed=is_noticed)
-
-    def stop(self, seconds: float) -> None:
-        self.frozen_until = max(self.frozen_until, self._world.now + seconds)
-
-    def hang(self) -> None:
-        """The training thread stands still from its next computation on; the link thread lives."""
-        self._hangs_next = True
-
-    def wake_up(self) -> None:
-        self._hangs_next = self._is_hung = False
-        self._advance()
-
-    def drain(self) -> None:
-        self.feed(AskToLeave())
-
-    def report_spurious_error(self, peer: int | None) -> None:
-        quorum = self.replica.quorum
-        if quorum is not None:
-            self._busy = None
-            self.feed(CollectiveFailed(quorum.id, peer, "spurious"))
-
-    # ---- the training thread
-
-    def _sever(self, up_to: QuorumId) -> None:
-        self._world.leave_quorums(self.name, up_to)
-        if isinstance(self._busy, tuple) and self._busy[0] != "compute":
-            self._busy = None
 
     def _advance(self) -> None:
         if not self.is_alive or self._is_hung or (self._busy is not None and not self.replica.has_left):
@@ -233,9 +54,6 @@ class Process:
                 self._vote(quorum, must_be_no)
             case _:
                 self._mark(Activity.WAITING)
-
-    def _mark(self, activity: Activity) -> None:
-        self.replica.mark(activity, self._world.now)
 
     def _take_decisions(self) -> None:
         """What the step() call of a script does when its step is decided: run the optimizer, or drop the gradient."""
@@ -272,77 +90,6 @@ class Process:
 
     def _new_batch(self) -> None:
         self._batch = (self.name, self._batch[1] + 1)
-
-    def _wait_for(self, what: tuple[str, ...], delay: float, then: Callable[[], None]) -> None:
-        self._busy = what
-
-        def woken() -> None:
-            if not self.is_alive or self._busy is not what:
-                return
-            if self._world.now < self.frozen_until:
-                self._world.at(self.frozen_until, woken)
-                return
-            self._busy = None
-            then()
-            self._advance()
-
-        self._world.after(delay, woken)
-
-    def _issue(self, quorum: Quorum, kind: str, value: object, then: Callable[[Sequence[object]], None]) -> None:
-        token = (kind, str(quorum.id))
-        self._busy = token
-        self._mark(Activity.WAITING)
-
-        def done(values: Sequence[object] | None) -> None:
-            if not self.is_alive:
-                return
-            if self._world.now < self.frozen_until:
-                self._world.at(self.frozen_until, lambda: done(values))
-                return
-            if self._busy is token:
-                self._busy = None
-                if values is None:
-                    self._report(CollectiveFailed(quorum.id, None, kind))
-                else:
-                    then(values)
-            elif values is not None:
-                then(values)  # it raced with a freeze, or an error of another path: the machine must ignore it
-
-        if not self.replica.config.freezes_on_notice:
-
-            def expired() -> None:
-                if self._busy is token:
-                    done(None)
-
-            self._world.after(COLLECTIVE_TIMEOUT_S, expired)
-        self._world.joined(self.name, quorum.id, self.replica.member)
-        members = (quorum.id, quorum.member_ids)
-        self._world.collectives.issue(members, self.replica.member, kind, value, done)
-        if self._world.collectives.mixed:
-            raise Violation(self._world.collectives.mixed)
-
-    def _built(self, quorum: Quorum, values: Sequence[object]) -> None:
-        claims = tuple(v for v in values if isinstance(v, Claim))
-        self._report(BarrierEnded(quorum.id, claims))
-
-    def _recover(self, quorum: Quorum, source: int, lineage: Lineage) -> None:
-        member = quorum.members[source].id
-        self._mark(Activity.RECOVERING)
-
-        def fetched() -> None:
-            donor = self._world.process_of(member)
-            if donor is None or not donor.is_alive or donor.replica.lineage != lineage:
-                self._report(CollectiveFailed(quorum.id, source, "its source is gone, or went on"))
-                return
-            if donor.weights.step != lineage.step:  # its optimizer has not run yet
-                self._wait_for(("transfer",), self._world.draw("message"), fetched)
-                return
-            self.weights = donor.weights
-            self._applied_step = lineage.step
-            self._world.checkers.recovered(self.name, lineage, self.weights)
-            self._report(StateRecovered(quorum.id))
-
-        self._wait_for(("transfer",), self._world.draw("transfer"), fetched)
 
     def _reduce(self, quorum: Quorum) -> None:
         key = (self.replica.step, self.replica.attempt, self.replica.evictions)

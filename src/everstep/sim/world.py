@@ -4,6 +4,8 @@ import dataclasses
 import random
 from collections.abc import Callable
 
+from everstep.core.follower import Follower
+from everstep.core.leader import Leader
 from everstep.core.lighthouse import JobConfig, LighthouseMachine
 from everstep.core.messages import Log
 from everstep.core.moves import ReplicaConfig
@@ -13,7 +15,9 @@ from everstep.sim.checkers import Checkers, Violation, Weights
 from everstep.sim.faults import CLIMATES, Climate, Faults, Injector, Trigger
 from everstep.sim.lighthouse_node import LighthouseNode
 from everstep.sim.network import Channel, Clock, Collectives, Delays
+from everstep.sim.party import Party
 from everstep.sim.process import Process
+from everstep.sim.teams import Script, Teams
 
 EVENTS_MAX = 300_000
 HEAL_LIMIT_S = 60.0  # I7: virtual time after the last fault within which all must go on together
@@ -64,6 +68,9 @@ class World:
         climate: Climate | None = None,
         replica_type: type[Replica] = Replica,
         lighthouse_type: type[LighthouseMachine] = LighthouseMachine,
+        ranks: int = 1,
+        leader_type: type[Leader] = Leader,
+        follower_type: type[Follower] = Follower,
     ) -> None:
         """What is not given is drawn from the seed. Sabotaged types of machines prove that the checkers can fail."""
         self.seed = seed
@@ -71,23 +78,32 @@ class World:
         self.clock = Clock()
         self.climate = climate or self.rng.choice(CLIMATES)
         self.delays = self.climate.delays
-        self.collectives = Collectives(self.clock, self.rng, self.delays)
+        self._collectives = [Collectives(self.clock, self.rng, self.delays) for _ in range(ranks)]  # rank by rank
         self.checkers = Checkers()
         self.groups = groups
         self.steps = steps
+        self.ranks = ranks
         self.replica_type = replica_type
+        self.leader_type = leader_type
+        self.follower_type = follower_type
         self.lighthouse_type = lighthouse_type
-        self.faults = Injector(self, faults if faults is not None else Faults.drawn(self.rng), triggers)
+        if faults is None:
+            faults = Faults.drawn(self.rng)
+            if ranks > 1:
+                faults = faults.with_those_of_ranks(random.Random(f"ranks {seed}"))
+        self.faults = Injector(self, faults, triggers)
+        self.script = Script(seed, self.faults)
         self.keeps_gradients = self.rng.random() < 0.8
         self.freezes_on_notice = random.Random(f"proactive {seed}").random() < 0.9
         self.lighthouse = LighthouseNode(self, self._job_config())
-        self.processes: dict[str, Process] = {}  # the newest process of each replica_id
+        self.processes: dict[str, Party] = {}  # the newest process of each replica_id; a group's leader
+        self.teams = Teams(self)
         self.messages = 0
         self.trace: Callable[[str], None] | None = None
         self._links = 0
         self._starts = 0
         self._quorums: dict[str, dict[QuorumId, MemberId]] = {}
-        self._by_member: dict[MemberId, Process] = {}
+        self._by_member: dict[tuple[MemberId, int], Party] = {}
         self._goal = steps
 
     def _job_config(self) -> JobConfig:
@@ -140,24 +156,28 @@ class World:
             fields = " ".join(f"{k}={v}" for k, v in log.fields.items())
             self.trace(f"{self.now:9.4f} {who:10s} {log.event}: {fields}")
 
-    def joined(self, name: str, quorum_id: QuorumId, member: MemberId) -> None:
-        self._quorums.setdefault(name, {})[quorum_id] = member
-        self._by_member[member] = next(p for p in self.processes.values() if p.name == name)
+    def collectives_of(self, rank: int) -> Collectives:
+        return self._collectives[rank]
 
-    def leave_quorums(self, name: str, up_to: QuorumId | None) -> None:
+    def joined(self, party: Party, quorum_id: QuorumId) -> None:
+        member = party.replica.member
+        self._quorums.setdefault(party.name, {})[quorum_id] = member
+        self._by_member[member, party.rank] = party
+
+    def leave_quorums(self, party: Party, up_to: QuorumId | None) -> None:
         """The process severs its collectives of every quorum up to this one, or died (None)."""
-        joined = self._quorums.get(name, {})
+        joined = self._quorums.get(party.name, {})
         for quorum_id in [q for q in joined if up_to is None or q <= up_to]:
-            self.collectives.leave(quorum_id, joined.pop(quorum_id))
+            self._collectives[party.rank].leave(quorum_id, joined.pop(quorum_id))
 
-    def process_of(self, member: MemberId) -> Process | None:
-        return self._by_member.get(member)
+    def process_of(self, member: MemberId, rank: int) -> Party | None:
+        return self._by_member.get((member, rank))
 
-    def left(self, process: Process) -> None:
+    def left(self, process: Party) -> None:
         """It keeps its last group open for the others' sake, for a while or not at all, and exits."""
         self.after(self.rng.choice((0.0, 0.5)), process.kill)
 
-    def exited(self, process: Process) -> None:
+    def exited(self, process: Party) -> None:
         """It was told to, because its training thread stands still; something starts it again."""
         process.kill()
         self.after(0.1, lambda: self.restart(process.replica_id))
@@ -175,12 +195,17 @@ class World:
             keeps_gradients=self.keeps_gradients,
             freezes_on_notice=self.freezes_on_notice,
         )
-        process = Process(self, name, config, Weights(value=self._starts))
+        initial = Weights(value=self._starts)
+        if self.ranks > 1:
+            self.processes[replica_id] = self.teams.start(name, config, initial)
+            return
+        process = Process(self, name, config, initial)
         self.processes[replica_id] = process
         process.start()
 
     def restart(self, replica_id: str) -> None:
         if not self.processes[replica_id].is_alive:
+            self.teams.reap(replica_id)
             self.start_process(replica_id)
 
     def run(self) -> Outcome:
@@ -226,7 +251,7 @@ class World:
                 return is_reached()
         return True
 
-    def living(self) -> list[Process]:
+    def living(self) -> list[Party]:
         return [p for p in self.processes.values() if p.is_alive]
 
     def _highest(self) -> int:
@@ -240,7 +265,7 @@ class World:
         calm = Delays()
         self.delays = dataclasses.replace(self.delays, message=calm.message, wake=calm.wake, startup=calm.startup)
         self._goal = self._highest() + self.steps
-        for process in self.living():
+        for process in self.teams.everyone() if self.ranks > 1 else self.living():
             process.wake_up()
 
     def _check_progress(self) -> str:
@@ -266,6 +291,6 @@ class World:
 
     def _all_arrived(self) -> bool:
         living = self.living()
-        if not living or any(p.replica.step < self._goal for p in living):
+        if not living or any(p.replica.step < self._goal for p in living) or not self.teams.have_arrived(self._goal):
             return False
         return len({p.replica.quorum.id for p in living if p.replica.quorum}) == 1

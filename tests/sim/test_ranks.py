@@ -1,0 +1,93 @@
+"""Groups of several ranks in the virtual world: they end every batch alike, and live and die as one."""
+
+from pathlib import Path
+
+import pytest
+
+from everstep.sim.faults import Faults, Trigger
+from everstep.sim.teams import GROUP_ENDS_S
+from everstep.sim.world import World
+from tests.sim.schedules import HASTY, LAN
+
+SEEDS_FILE = Path(__file__).with_name("seeds_ranks.txt")
+
+
+def _regression_seeds() -> list[tuple[int, int, int, int, str]]:
+    rows = []
+    for line in SEEDS_FILE.read_text().splitlines():
+        if line and not line.startswith("#"):
+            seed, groups, ranks, steps, what = line.split(maxsplit=4)
+            rows.append((int(seed), int(groups), int(ranks), int(steps), what))
+    return rows
+
+
+@pytest.mark.parametrize(("seed", "groups", "ranks", "steps", "what"), _regression_seeds(), ids=lambda v: str(v)[:40])
+def test_a_seed_of_ranks_that_once_failed_ends_well(seed: int, groups: int, ranks: int, steps: int, what: str) -> None:
+    outcome = World(seed, groups=groups, steps=steps, ranks=ranks).run()
+    assert outcome.is_ok, f"{outcome} ({what})"
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_mixed_faults_of_groups_and_ranks_end_well(ranks: int) -> None:
+    for seed in range(8):
+        outcome = World(seed, groups=2 + seed % 3, steps=6, ranks=ranks).run()
+        assert outcome.is_ok, str(outcome)
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_without_faults_ranks_open_no_round(ranks: int) -> None:
+    for seed in range(5):
+        world = World(seed, groups=3, steps=6, faults=Faults(), climate=LAN, ranks=ranks)
+        outcome = world.run()
+        assert outcome.verdict == "ok", str(outcome)
+        assert "round opened" not in [log.event for log in world.lighthouse.logs]
+
+
+@pytest.mark.parametrize("point", ["Reduce", "RankReduced", "Prepare", "Ballot", "VoteEnded", "View"])
+@pytest.mark.parametrize("victim", ["g1", "follower of g1"])
+def test_a_dead_rank_costs_its_group_and_no_other(point: str, victim: str) -> None:
+    """Whatever it was doing: the others of its group end within 2 s (a checker), no other group loses its place."""
+    kind = "kill" if victim == "g1" else "rank_kill"
+    struck = 0
+    for seed in range(2):
+        trigger = Trigger(point=point, fault=kind, by="g1", nth=12, victim=victim)
+        world = World(seed, groups=3, steps=6, faults=Faults(), triggers=(trigger,), climate=LAN, ranks=2)
+        outcome = world.run()
+        assert outcome.verdict == "ok", str(outcome)
+        struck += len(outcome.faults)
+        checked_by = world.now + GROUP_ENDS_S + 0.1
+        while world.clock.step(checked_by):
+            pass
+        for replica_id in ("g0", "g2"):
+            leader = world.processes[replica_id]
+            assert leader.is_alive
+            assert leader.replica.evictions == 0
+            assert world.teams.starts_of(replica_id) == 1
+        assert world.teams.starts_of("g1") <= 1 + len(outcome.faults)
+    assert struck > 0, "nobody reached the point"
+
+
+def test_a_stopped_follower_gets_its_group_evicted_and_it_comes_back() -> None:
+    for seed in range(6):
+        trigger = Trigger(point="RankReduced", fault="rank_stop", by="g1", nth=8, victim="follower of g1", seconds=6.0)
+        world = World(seed, groups=3, steps=6, faults=Faults(), triggers=(trigger,), climate=LAN, ranks=2)
+        outcome = world.run()
+        assert outcome.verdict == "ok", str(outcome)
+        assert world.processes["g1"].replica.evictions == 1
+        assert world.teams.starts_of("g1") == 1
+
+
+def test_followers_are_heard_often_enough_for_short_heartbeat_timeouts() -> None:
+    """80 ms: the leader vouches for its group only while it hears every rank within the interval of 20 ms."""
+    for seed in range(5):
+        world = World(seed, groups=3, steps=20, faults=Faults(), climate=HASTY, ranks=2)
+        outcome = world.run()
+        assert outcome.verdict == "ok", str(outcome)
+        assert "round opened" not in [log.event for log in world.lighthouse.logs]
+
+
+@pytest.mark.soak
+def test_three_thousand_seeds_of_ranks_end_well() -> None:
+    for seed in range(10_000, 13_000):
+        outcome = World(seed, groups=2 + seed % 4, steps=8, ranks=2 + seed // 4 % 2).run()
+        assert outcome.is_ok, str(outcome)
