@@ -5,7 +5,7 @@ import msgspec
 from everstep.core.admission import Admission
 from everstep.core.follower import Follower
 from everstep.core.founding import FoundingDesk
-from everstep.core.group import RankReduced, ToLeader, View
+from everstep.core.group import RankReduced, View
 from everstep.core.leader import Leader
 from everstep.core.lighthouse import Event, JobConfig, LighthouseMachine, LinkMessage
 from everstep.core.messages import (
@@ -26,7 +26,7 @@ from everstep.core.quorum import RoundView, Won, count_round
 from everstep.core.reconfiguration import Reconfigurer
 from everstep.core.replica import Replica
 from everstep.core.roster import Peer
-from everstep.core.types import Action, FailureRound, Phase, QuorumId, Report
+from everstep.core.types import Action, Phase, QuorumId, Report
 
 # ---- members
 
@@ -297,28 +297,12 @@ class ReducesForItsFollowers(Leader):
         return out
 
 
-class SettlesForItsFollowers(Leader):
+class RecoversForItsFollowers(Leader):
     """The state is recovered when the leader's part of it is."""
 
     def _rank_recovered(self, rank: int, quorum_id: QuorumId, now: float) -> list[Effect]:
         self._tally.recovered |= dict.fromkeys(range(self.group_size)).keys()
         return super()._rank_recovered(rank, quorum_id, now)
-
-
-class TakesLateReports(Leader):
-    """A follower's report counts for whatever try is under way."""
-
-    def _from_rank(self, rank: int, message: ToLeader, now: float) -> list[Effect]:
-        if isinstance(message, RankReduced) and self._tally.key is not None:
-            message = msgspec.structs.replace(message, key=self._tally.key)
-        return super()._from_rank(rank, message, now)
-
-
-class ForgetsReopenedSteps(Leader):
-    """A reduction that a rank adds while a round is open is not heard of."""
-
-    def _rank_reopened(self, rank: int, number: int, now: float) -> list[Effect]:
-        return [] if self.is_frozen else super()._rank_reopened(rank, number, now)
 
 
 class PreparesUnsettled(Leader):
@@ -328,25 +312,6 @@ class PreparesUnsettled(Leader):
         is_settled, self.is_settled = self.is_settled, self.quorum is not None
         super()._let_prepare()
         self.is_settled = is_settled
-
-
-class VouchesForTheSilent(Leader):
-    """Heartbeats and Ready go out though a rank is silent."""
-
-    def _finish(self, effects: list[Effect], now: float) -> list[Effect]:
-        for rank in range(1, self.group_size):
-            self._vouching.heard(rank, now)
-            self._vouching.froze(rank, FailureRound(1 << 30, 1 << 30))
-        return super()._finish(effects, now)
-
-
-class GoesBeforeTheOthers(Leader):
-    """The group says Goodbye when the first rank has ended."""
-
-    def _rank_leaves(self, rank: int, reason: str, now: float) -> list[Effect]:
-        for each in range(self.group_size):
-            self._ranks_left.setdefault(each, reason)
-        return super()._rank_leaves(rank, reason, now)
 
 
 class KeepsItsCollectives(Follower):

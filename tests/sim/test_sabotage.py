@@ -5,6 +5,8 @@ from typing import Any
 
 import pytest
 
+from everstep.core.follower import Follower
+from everstep.core.leader import Leader
 from everstep.core.lighthouse import LighthouseMachine
 from everstep.core.replica import Replica
 from everstep.sim.faults import Climate, Faults, Trigger
@@ -31,6 +33,10 @@ class Sabotage:
 
     replica: type[Replica] = Replica
     lighthouse: type[LighthouseMachine] = LighthouseMachine
+    leader: type[Leader] = Leader
+    follower: type[Follower] = Follower
+    ranks: int = 1
+    steps: int = 10
     seed: int = 0
     seeds: int = 40
     expect: str = ""
@@ -44,7 +50,8 @@ class Sabotage:
             yield World(
                 seed,
                 groups=self.groups or 2 + seed % 4,
-                steps=10,
+                steps=self.steps,
+                ranks=self.ranks,
                 climate=self.climate,
                 faults=self.faults,
                 triggers=self.triggers,
@@ -155,13 +162,34 @@ CASES = {
         triggers=FOUNDING_NOT_SENT,
     ),
     "Failed opens no round": Sabotage(lighthouse=sabotage.NeverOpensARoundForFailed, expect="STUCK"),
+    "a leader votes for its followers": Sabotage(
+        leader=sabotage.VotesForItsFollowers, seed=5, seeds=10, ranks=2, steps=6, groups=4
+    ),
+    "a leader's reductions are its group's": Sabotage(leader=sabotage.ReducesForItsFollowers, ranks=2, steps=6),
+    "a leader's state is its group's": Sabotage(
+        leader=sabotage.RecoversForItsFollowers, expect="weights", seeds=10, ranks=2, steps=6
+    ),
+    "before_step runs while some ranks settle": Sabotage(
+        leader=sabotage.PreparesUnsettled, expect="STUCK", seed=26, seeds=1, groups=4, ranks=2, steps=12
+    ),
+    "a follower forgets what it added": Sabotage(
+        follower=sabotage.GoesByTheLeadersAverage, expect="STUCK", seed=3, seeds=1, groups=5, ranks=2, steps=12
+    ),
+    "a notice severs no follower": Sabotage(
+        follower=sabotage.KeepsItsCollectives, expect="STUCK", seeds=10, ranks=2, steps=6
+    ),
+    "a follower's average is lost with the quorum": Sabotage(
+        follower=sabotage.ForgetsItsAverage, expect="STUCK", seed=20, seeds=20, ranks=2, steps=6
+    ),
+    "a follower ballots once a step": Sabotage(follower=sabotage.BallotsOnce, expect="STUCK", ranks=2, steps=6),
 }
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_a_dropped_rule_is_caught(name: str) -> None:
     case = CASES[name]
-    for world in case.worlds(replica_type=case.replica, lighthouse_type=case.lighthouse):
+    types = {"leader_type": case.leader, "follower_type": case.follower}
+    for world in case.worlds(replica_type=case.replica, lighthouse_type=case.lighthouse, **types):
         outcome = world.run()
         if not outcome.is_ok:
             assert case.expect in outcome.verdict

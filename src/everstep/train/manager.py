@@ -315,9 +315,7 @@ class Manager:
 
     def _before_vote(self, before_step: Callable[[], object] | None) -> str:
         objection = next(filter(None, (reducer.objection() for reducer in self._reducers)), "")
-        if objection and self._here().group_size == 1:
-            return objection
-        if before_step is not None:
+        if before_step is not None and (not objection or self._here().group_size > 1):
             before_step()  # in a group of several ranks whatever this one objects to: the others are in it
         if objection:
             return objection
