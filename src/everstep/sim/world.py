@@ -277,7 +277,8 @@ class World:
         living = self.living()
         if all(p.replica.lineage is None for p in living):
             return "lost"
-        if all(p.replica.wants_to_leave for p in living if p.replica.lineage is not None):
+        asked = [done.removeprefix("drain_group ") for done in self.faults.done]
+        if all(p.replica.wants_to_leave or p.name in asked for p in living if p.replica.lineage is not None):
             return "lost"  # only leavers are left; those who went on without them are dead
         if len(living) < self.lighthouse.config.min_replicas:
             return "short"  # of groups: those that left do not come back
