@@ -74,6 +74,24 @@ def test_a_lighthouse_that_was_stopped_accuses_nobody() -> None:
         assert "round opened" not in [log.event for log in world.lighthouse.logs]
 
 
+def test_a_switch_that_fails_for_a_moment_costs_nobody_his_place() -> None:
+    for seed in range(10):
+        switch = Trigger(point="VoteEnded", fault="switch", nth=9, seconds=2.5)
+        world = World(seed, groups=4, steps=6, faults=Faults(), triggers=(switch,), climate=LAN)
+        assert world.run().verdict == "ok"
+        assert "evicted" not in [log.event for log in world.lighthouse.logs]
+        assert {process.replica.evictions for process in world.living()} == {0}
+
+
+def test_a_group_in_a_crash_loop_is_left_out_in_the_end_and_the_others_go_on() -> None:
+    for seed in range(5):
+        loop = Trigger(point="VoteEnded", fault="crash_loop", by="g1", nth=3, seconds=0.2)
+        world = World(seed, groups=4, steps=40, faults=Faults(), triggers=(loop,), climate=LAN)
+        assert world.run().verdict == "ok"
+        said = [log.event for log in world.lighthouse.logs]
+        assert "group held" in said
+
+
 def test_joiners_that_take_long_hold_nobody_up_for_ever() -> None:
     for seed in range(5):
         outcome = World(seed, groups=2, steps=6, faults=Faults(join=2), climate=HEAVY).run()

@@ -58,6 +58,8 @@ RANK_POINTS = (
     "Ballot",
     "RankFailed",
 )
+CRASH_LOOP_S = 3.0
+GROUPS_MANY = 6
 FAULTS_AT_POINTS = ("kill", "kill", "kill_unnoticed", "link", "stall_up", "stall_down", "stop", "lighthouse", "error")
 
 
@@ -120,6 +122,8 @@ class Faults:
     rank_error: int = 0
     rank_drain: int = 0
     rank_hang: int = 0
+    crash_loop: int = 0  # a group dies again and again, soon after each start
+    switch: int = 0  # all links deliver nothing for a while, together
 
     def with_those_of_ranks(self, rng: random.Random) -> "Faults":
         """`rng` is a stream of its own."""
@@ -135,6 +139,10 @@ class Faults:
             rank_drain=rng.choice((0, 0, 0, 0, 0, 1)),
             rank_hang=rng.choice((0, 0, 0, 0, 0, 1)),
         )
+
+    def with_those_of_many(self, rng: random.Random) -> "Faults":
+        """Only where there are many groups: seeds with few still mean what they meant when they were found."""
+        return dataclasses.replace(self, crash_loop=rng.choice((0,) * 7 + (1,)), switch=rng.choice((0,) * 5 + (1,)))
 
     @staticmethod
     def drawn(rng: random.Random) -> "Faults":
@@ -216,7 +224,7 @@ class Injector:
                 continue
             for _ in range(getattr(self._faults, kind)):
                 when = world.now + self._rng.uniform(0, window)
-                calm_at = max(calm_at, when)
+                calm_at = max(calm_at, when + (CRASH_LOOP_S if kind == "crash_loop" else 0.0))
                 world.at(when, lambda kind=kind: self._strike(kind, None, None))  # type: ignore[misc]
         return calm_at
 
@@ -281,6 +289,11 @@ class Injector:
         elif kind == "join":
             self.done.append("join")
             self._world.start_process(f"g{self._world.groups + len(self.done)}")
+        elif kind == "switch":
+            self.done.append("switch")
+            lasting_s = self._or(seconds, (0.5, 2.5, 5.0))
+            for process in self._living():
+                process.stall_link(lasting_s)
         elif kind == "kill_twice":
             self._strike("kill", None, None)
             self._world.after(self._rng.uniform(0, 0.002), lambda: self._strike("kill", None, None))
@@ -308,6 +321,19 @@ class Injector:
         victim.kill(is_noticed=is_noticed)
         delay = self._or(seconds, (0.0, 0.01, 0.2, 1.0, 3.0))
         self._world.after(delay, lambda: self._world.restart(victim.replica_id))
+
+    def _crash_loop(self, victim: "Party", seconds: float | None) -> None:
+        self._crash_again(victim.replica_id, self._rng.choice((3, 5, 9)), seconds)
+
+    def _crash_again(self, replica_id: str, deaths: int, seconds: float | None) -> None:
+        victim = self._world.processes[replica_id]
+        if deaths == 0 or self._is_calm or len(self._world.living()) < 2:
+            return
+        if victim.is_alive:
+            victim.kill()
+            self._world.after(0.01, lambda: self._world.restart(replica_id))
+        after_s = self._or(seconds, (0.05, 0.2, 0.5))
+        self._world.after(after_s, lambda: self._crash_again(replica_id, deaths - 1, seconds))
 
     def _kill_unnoticed(self, victim: "Party", seconds: float | None) -> None:
         self._kill(victim, seconds, is_noticed=False)

@@ -100,7 +100,7 @@ class LighthouseNode:
                 case Close(link, reason):
                     process = self._links.pop(link, None)
                     if process is not None:
-                        process.link_lost(reason)
+                        process.closed_by_lighthouse(link, reason)
                         self._feed(LinkClosed(link, reason))
                 case Publish(event):
                     self.events.append(event, self._world.now)

@@ -12,7 +12,7 @@ from everstep.core.moves import ReplicaConfig
 from everstep.core.replica import Replica
 from everstep.core.types import MemberId, QuorumId
 from everstep.sim.checkers import Checkers, Violation, Weights
-from everstep.sim.faults import CLIMATES, Climate, Faults, Injector, Trigger
+from everstep.sim.faults import CLIMATES, GROUPS_MANY, Climate, Faults, Injector, Trigger
 from everstep.sim.lighthouse_node import LighthouseNode
 from everstep.sim.network import Channel, Clock, Collectives, Delays
 from everstep.sim.party import Party
@@ -91,6 +91,8 @@ class World:
             faults = Faults.drawn(self.rng)
             if ranks > 1:
                 faults = faults.with_those_of_ranks(random.Random(f"ranks {seed}"))
+            if groups >= GROUPS_MANY:
+                faults = faults.with_those_of_many(random.Random(f"many {seed}"))
         self.faults = Injector(self, faults, triggers)
         self.script = Script(seed, self.faults)
         self.keeps_gradients = self.rng.random() < 0.8
