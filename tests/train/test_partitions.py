@@ -18,6 +18,8 @@ pytestmark = [pytest.mark.soak, pytest.mark.skipif(bool(_WHY_NOT), reason=_WHY_N
 HEARTBEAT_TIMEOUT_S = 1.0
 DETECTION_S = 3.0  # silence, and the round after it
 HEALING_S = 30.0  # I7: within it all groups train together again
+BROKEN_PATH_S = 20.0  # two rounds, each after a while of waiting and one of asking
+PAUSE_S = 20.0  # the second one that a group makes, for which there is no path
 
 
 @pytest.fixture
@@ -144,7 +146,71 @@ def test_training_goes_on_while_nobody_reaches_the_lighthouse(network: Network) 
         at = max(m.step for m in everyone)
         job.until_steps(everyone, at + 20)
         network.hosts.heal()
+        healed_at = time.monotonic()
+        job.until(lambda: any(m.granted() for m in everyone), "the lighthouse decides the round", HEALING_S)
+        until_together(job, everyone)
+        print(f"together {time.monotonic() - healed_at:.2f} s after healing")
+        job.stop()
+        assert violations(job.all, job.events()) == []
+
+
+@pytest.mark.parametrize("way", ["both", "one"])
+def test_of_two_groups_that_reach_the_lighthouse_but_not_each_other_one_makes_way(network: Network, way: str) -> None:
+    with Job(3, network=network) as job:
+        everyone = started(job)
+        if way == "both":
+            network.hosts.cut(["0"], ["2"])
+        else:
+            network.hosts.lose("2", "0")
+        cut_at = time.monotonic()
+        job.until(lambda: sum(m.participants == 2 for m in everyone) == 2, "two of them go on", BROKEN_PATH_S)
+        noticed_s = time.monotonic() - cut_at
+        (out,) = (m for m in everyone if any(line.startswith("evicted") for line in m.logs))
+        others = [m for m in everyone if m is not out]
+        assert everyone[1] in others
+        at = max(m.step for m in others)
+        # It is tried again, once, and left out again, for longer.
+        job.until(lambda: sum(line.startswith("evicted") for line in out.logs) == 2, "it is tried again", 40.0)
+        job.until_steps(others, at + 20)
+        network.hosts.heal()
+        healed_s = until_together(job, everyone, PAUSE_S + HEALING_S)
+        print(f"others went on after {noticed_s:.2f} s; together {healed_s:.2f} s after healing")
+        job.stop()
+        assert_nothing_lost(others)
+        events = job.events()
+        assert violations(job.all, events) == []
+        failed = of_kind(events, EventKind.MEMBER_FAILED)
+        assert [(int(e.replica_id), e.cause) for e in failed] == [(out.plan.group, Cause.BROKEN_PATH)] * 2
+        assert len(of_kind(events, EventKind.ROUND_OPENED)) == 3
+        assert any("could not reach each other" in line for line in out.logs if line.startswith("waiting"))
+
+
+def test_a_group_that_reaches_the_lighthouse_but_none_of_its_peers_makes_way_for_all_of_them(network: Network) -> None:
+    with Job(4, network=network) as job:
+        everyone = started(job)
+        network.hosts.cut(["0"], ["1", "2", "3"])
+        others = everyone[1:]
+        job.until(lambda: all(m.participants == 3 for m in others), "the others go on", BROKEN_PATH_S)
+        network.hosts.heal()
+        until_together(job, everyone, PAUSE_S + HEALING_S)
+        job.stop()
+        assert_nothing_lost(others)
+        events = job.events()
+        assert violations(job.all, events) == []
+        assert [e.replica_id for e in of_kind(events, EventKind.MEMBER_FAILED)] == ["0"]
+
+
+def test_a_path_that_is_broken_for_a_moment_costs_nobody_its_place(network: Network) -> None:
+    with Job(3, network=network) as job:
+        everyone = started(job)
+        network.hosts.cut(["0"], ["2"])
+        job.until(lambda: any("broken-path" in line for m in everyone for line in m.logs), "a round", BROKEN_PATH_S)
+        network.hosts.heal()
         healed_s = until_together(job, everyone)
         print(f"together {healed_s:.2f} s after healing")
         job.stop()
-        assert violations(job.all, job.events()) == []
+        assert_nothing_lost(everyone)
+        events = job.events()
+        assert violations(job.all, events) == []
+        assert len(of_kind(events, EventKind.ROUND_OPENED)) == 1
+        assert not of_kind(events, EventKind.MEMBER_EVICTED)
