@@ -5,6 +5,7 @@ import copy
 import pytest
 
 from everstep.core.messages import (
+    Activity,
     Adopted,
     Failed,
     Heartbeat,
@@ -59,6 +60,16 @@ from tests.core.member import (
     told,
     voting,
 )
+
+
+def test_it_waits_in_a_collective_in_every_phase_and_while_frozen_for_the_lighthouse() -> None:
+    for replica in (settled(), reduced(), voting()):
+        assert replica.waits_since is None
+        replica.mark(Activity.WAITING, 7.0)
+        assert replica.waits_since == 7.0
+        replica.tell(Notice(ROUND))
+        assert replica.waits_since is None
+    assert settled().patience_s == 2.0
 
 
 def test_t1_with_the_state_it_settles_when_the_barrier_ends() -> None:

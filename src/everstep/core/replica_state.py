@@ -143,9 +143,10 @@ class ReplicaState:
     def waits_since(self) -> float | None:
         """Since when it has been waiting in collectives with others, this quorum's or one before in the same call."""
         activity, since = self._doing
-        if activity is not Activity.WAITING or self.is_frozen or self.quorum is None or len(self.quorum.members) < 2:
+        waits_for_lighthouse = self.is_frozen or self._doubt_at is not None
+        if activity is not Activity.WAITING or waits_for_lighthouse or self.quorum is None:
             return None
-        return None if isinstance(self.next_move(), Wait) else since
+        return since if len(self.quorum.members) > 1 else None
 
     @property
     def patience_s(self) -> float:
