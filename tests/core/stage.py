@@ -242,6 +242,12 @@ class Stage:
         assert quorum is not None
         self._tell(self.actors[name], CollectiveFailed(quorum.id, int(peer) if peer else None, "connection reset"))
 
+    def do_unreachable(self, name: str, peer: str) -> None:
+        """A collective fails on it because the peer of that rank does not answer."""
+        quorum = self.actors[name].replica.quorum
+        assert quorum is not None
+        self._tell(self.actors[name], CollectiveFailed(quorum.id, int(peer), "no answer", is_unreachable=True))
+
     def do_drain(self, name: str) -> None:
         self._tell(self.actors[name], AskToLeave())
 

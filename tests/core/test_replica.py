@@ -5,6 +5,7 @@ import copy
 import pytest
 
 from everstep.core.messages import (
+    Activity,
     Adopted,
     Failed,
     Heartbeat,
@@ -59,6 +60,17 @@ from tests.core.member import (
     told,
     voting,
 )
+
+
+def test_it_waits_in_a_collective_in_every_phase_and_while_frozen_for_the_lighthouse() -> None:
+    for replica in (settled(), reduced(), voting()):
+        since = [replica.waits_since]
+        replica.mark(Activity.WAITING, 7.0)
+        since.append(replica.waits_since)
+        replica.tell(Notice(ROUND))
+        since.append(replica.waits_since)
+        assert since == [None, 7.0, None]
+    assert settled().patience_s == 2.0
 
 
 def test_t1_with_the_state_it_settles_when_the_barrier_ends() -> None:

@@ -3,6 +3,7 @@
 import msgspec
 
 from everstep.core.admission import Admission
+from everstep.core.broken_paths import BrokenPaths, LeftOut
 from everstep.core.follower import Follower
 from everstep.core.founding import FoundingDesk
 from everstep.core.group import RankReduced, View
@@ -145,9 +146,11 @@ class SabotagedLighthouse(LighthouseMachine):
     changes_type: type[Reconfigurer] = Reconfigurer
     admission_type: type[Admission] = Admission
     founding_type: type[FoundingDesk] = FoundingDesk
+    paths_type: type[BrokenPaths] = BrokenPaths
 
     def __init__(self, config: JobConfig, record: JournalRecord | None = None) -> None:
         super().__init__(config, record)
+        self._state.paths = self.paths_type(config.path_pause_s)
         self._changes = self.changes_type(self._state, self._roster, self._joiners, self._progress)
         self._founding = self.founding_type(self._state, self._roster, self._joiners)
         parts = (self._state, self._roster, self._joiners, self._detector, self._changes)
@@ -265,6 +268,28 @@ class SwitchesFoundersAgain(SabotagedLighthouse):
     """A Switch without its founder, to members whose founding Switch was lost."""
 
     admission_type = _SwitchesFoundersAgain
+
+
+class _LeavesNobodyOut(BrokenPaths):
+    def judge(self, *_: object, **__: object) -> list[LeftOut]:
+        return []
+
+
+class ToleratesBrokenPaths(SabotagedLighthouse):
+    """Rounds without end, and no step (decisions/009)."""
+
+    paths_type = _LeavesNobodyOut
+
+
+class _LetsInAtOnce(BrokenPaths):
+    def pause_of(self, replica_id: str) -> None:
+        return None
+
+
+class FlapsOverBrokenPaths(SabotagedLighthouse):
+    """Who makes way comes back at once, and makes way again."""
+
+    paths_type = _LetsInAtOnce
 
 
 class NeverOpensARoundForFailed(LighthouseMachine):

@@ -61,6 +61,7 @@ class Sabotage:
 
 NOTHING = Faults()
 BUSY = Faults(kill=2, join=2, link=2, veto=2, error=2, drain=1)
+BROKEN_PATHS = Faults(broken_path=1)
 CASES = {
     "a step is committed on one's own vote": Sabotage(replica=sabotage.CommitsOnItsOwnVote, expect="I2"),
     "a proposal is adopted on MIN alone": Sabotage(
@@ -160,6 +161,12 @@ CASES = {
         climate=LAN,
         faults=NOTHING,
         triggers=FOUNDING_NOT_SENT,
+    ),
+    "nobody makes way for a broken path": Sabotage(
+        lighthouse=sabotage.ToleratesBrokenPaths, expect="rounds for broken paths", climate=LAN, faults=BROKEN_PATHS
+    ),
+    "who makes way for a broken path comes back at once": Sabotage(
+        lighthouse=sabotage.FlapsOverBrokenPaths, expect="rounds for broken paths", climate=LAN, faults=BROKEN_PATHS
     ),
     "Failed opens no round": Sabotage(lighthouse=sabotage.NeverOpensARoundForFailed, expect="STUCK"),
     "a leader votes for its followers": Sabotage(

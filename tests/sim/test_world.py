@@ -92,6 +92,15 @@ def test_a_group_in_a_crash_loop_is_left_out_in_the_end_and_the_others_go_on() -
         assert "group held" in said
 
 
+def test_a_broken_path_costs_a_few_rounds_and_the_others_go_on() -> None:
+    for seed in range(20):
+        broken = Faults(broken_path=1 + seed % 3, kill=seed % 2, link=seed % 3 == 0, join=seed % 5 == 0)
+        world = World(seed, groups=2 + seed % 5, steps=8, faults=broken)
+        outcome = world.run()
+        assert outcome.verdict == "ok", str(outcome)
+        assert any("broken_path" in fault for fault in outcome.faults)
+
+
 def test_joiners_that_take_long_hold_nobody_up_for_ever() -> None:
     for seed in range(5):
         outcome = World(seed, groups=2, steps=6, faults=Faults(join=2), climate=HEAVY).run()

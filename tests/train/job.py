@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import ForkServerProcess
+from pathlib import Path
 from typing import Any
 
 import everstep as es
@@ -17,12 +18,21 @@ from everstep.lighthouse.app import Lighthouse
 from everstep.link.auth import Credentials
 from everstep.link.dial import LinkTarget
 from everstep.link.operate import job_status
+from tests.train.namespaces import Hosts, inside
 from tests.train.scripts import Plan, train
 
 DEADLINE_S = 60.0
 
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(["tests.train.scripts"])
+
+
+@dataclasses.dataclass(frozen=True)
+class Network:
+    """Hosts called "lighthouse" and by the groups' numbers, and the token without which nothing leaves loopback."""
+
+    hosts: Hosts
+    token_file: Path
 
 
 @dataclasses.dataclass
@@ -57,8 +67,12 @@ class Running:
 class Job:
     """`with Job(groups) as job`: a lighthouse in this process, workers in their own."""
 
-    def __init__(self, groups: int, **lighthouse: Any) -> None:
+    def __init__(self, groups: int, *, network: Network | None = None, **lighthouse: Any) -> None:
+        """With a `network` the lighthouse and each group live on hosts of their own."""
         self.groups = groups
+        self._network = network
+        if network is not None:
+            lighthouse.update(bind=network.hosts.address("lighthouse"), token=network.token_file.read_bytes())
         self._settings = LighthouseSettings(port=0, **lighthouse)
         self._stack = contextlib.ExitStack()
         self.running: dict[int, Running] = {}
@@ -67,7 +81,8 @@ class Job:
 
     def __enter__(self) -> "Job":
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # for the children: torch's own warnings
-        self.address = self._stack.enter_context(Lighthouse.in_thread(self._settings)).address
+        with self._at_the_lighthouse():
+            self.address = self._stack.enter_context(Lighthouse.in_thread(self._settings)).address
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -80,6 +95,9 @@ class Job:
 
     def start(self, group: int, **plan: Any) -> Running:
         ours, theirs = _context.Pipe()
+        if self._network is not None:
+            plan["namespace"] = self._network.hosts.file(str(group))
+            plan["options"] = {"token_file": str(self._network.token_file), **plan.get("options", {})}
         made = Plan(group=group, groups=self.groups, lighthouse=self.address, **plan)
         process = _context.Process(target=train, args=(made, theirs))
         process.start()
@@ -140,7 +158,11 @@ class Job:
 
     def events(self) -> list[JobEvent]:
         """Everything that the lighthouse published so far."""
-        with es.subscribe_events(lighthouse=self.address, after="oldest", follow=False) as events:
+        token_file = self._network.token_file if self._network is not None else None
+        with (
+            self._at_the_lighthouse(),
+            es.subscribe_events(lighthouse=self.address, token_file=token_file, after="oldest", follow=False) as events,
+        ):
             return list(events)
 
     def ledger(self) -> dict[str, dict[str, float]]:
@@ -148,6 +170,9 @@ class Job:
         where = LinkTarget(url=f"http://{self.address}", credentials=Credentials(job_id="default"))
         found: dict[str, dict[str, float]] = job_status(where)["ledger"]
         return found
+
+    def _at_the_lighthouse(self) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext() if self._network is None else inside(self._network.hosts.file("lighthouse"))
 
     def describe(self) -> str:
         lines = []

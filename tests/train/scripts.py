@@ -23,6 +23,7 @@ from everstep.core.moves import CollectiveFailed
 from everstep.core.types import QuorumId
 from everstep.errors import GroupDrained, StepInterrupted
 from everstep.train.presence import Presence
+from tests.train.namespaces import enter
 
 HOLD_DEADLINE_S = 30.0
 
@@ -58,6 +59,7 @@ class Plan:
     leader: str = ""  # where rank 0 listens
     name: str = ""  # replica_group_id; the group's number by default
     init_sync: bool = True
+    namespace: str = ""  # file of the network namespace to live in
     options: dict[str, Any] = dataclasses.field(default_factory=dict)  # of the Manager
 
 
@@ -301,6 +303,8 @@ class Worker:
 
 def train(plan: Plan, pipe: Connection) -> None:
     """A process's whole life."""
+    if plan.namespace:
+        enter(plan.namespace)
     try:
         Worker(plan, pipe).run()
     except es.EverstepError as error:

@@ -234,7 +234,9 @@ class Admission:
         self._waits_as[member.replica_id] = member
         self._joiners[member] = None
         fields: dict[str, object] = {"member": str(member), "address": peer.hello.store}
-        return [Log("member waits to join", fields), of_member(EventKind.MEMBER_WAITING, member)]
+        out: list[Effect] = [Log("member waits to join", fields), of_member(EventKind.MEMBER_WAITING, member)]
+        pause = self._state.paths.pause_of(member.replica_id)
+        return [*out, *self._roster.send(Waiting(pause.why), [member])] if pause is not None else out
 
     def _evict_on_hello(self, peer: Peer) -> list[Effect]:
         detail = f"{peer.member} was left out of the quorum while it was away; it recovers and joins again"

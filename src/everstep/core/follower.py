@@ -222,12 +222,12 @@ class Follower(ReplicaState):
             case Prepared():
                 self._prepared += 1
                 return []
-            case CollectiveFailed(quorum_id, peer, detail):
+            case CollectiveFailed(quorum_id, peer, detail, is_unreachable):
                 if self.is_frozen or quorum_id != self._quorum_id:
                     return []
                 self._failed_in, self._doubt_at = quorum_id, IN_DOUBT
                 fields: dict[str, object] = {"quorum": str(quorum_id), "peer": peer, "detail": detail}
-                return [Log("collective failed", fields), Tell(RankFailed(quorum_id, peer, detail))]
+                return [Log("collective failed", fields), Tell(RankFailed(quorum_id, peer, detail, is_unreachable))]
             case AskToLeave(grace_s):
                 self.wants_to_leave = True
                 return [Tell(RankDrains(grace_s))]

@@ -105,6 +105,7 @@ class RankFailed(msgspec.Struct, frozen=True, array_like=True, tag="failed"):
     quorum_id: QuorumId
     peer: int | None
     detail: str
+    is_unreachable: bool = False
 
 
 class RankDrains(msgspec.Struct, frozen=True, array_like=True, tag="drains"):

@@ -236,8 +236,9 @@ class Leader(Replica):
                 if key == self._tally.key:
                     self._tally.ballots[rank] = objection
                 return []
-            case RankFailed(quorum_id, peer, detail):
-                return super().receive(CollectiveFailed(quorum_id, peer, f"rank {rank}: {detail}"), now)
+            case RankFailed(quorum_id, peer, detail, is_unreachable):
+                failed = CollectiveFailed(quorum_id, peer, f"rank {rank}: {detail}", is_unreachable)
+                return super().receive(failed, now)
             case RankDrains(grace_s):
                 return self._drain(AskToLeave(grace_s), now)
             case RankLeaves(reason):

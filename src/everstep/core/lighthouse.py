@@ -147,6 +147,8 @@ class LighthouseMachine:
             out += self._admission.admit_contenders_of(suspicion.member.replica_id, now)
         if self._state.round is not None and now >= self._state.round.deadline:
             out += self._changes.give_up_waiting(now)
+        if self._state.paths.end_pauses(now):
+            out += self._changes.propose()
         out += self._end_if_all_left()
         out += self._founding.abandon_lost_history()
         if self._state.held:
@@ -159,6 +161,7 @@ class LighthouseMachine:
 
     def next_deadline(self) -> float | None:
         deadlines = [self._detector.next_deadline(), self._founding.next_deadline(), *self._state.held.values()]
+        deadlines.append(self._state.paths.next_deadline())
         if self._state.round is not None:
             deadlines.append(self._state.round.deadline)
         else:
@@ -243,11 +246,14 @@ class LighthouseMachine:
         if message.peer is not None:
             self._witnessed[message.peer] = None
             self._detector.confirm(message.peer, now)
+        cause = Cause.COLLECTIVE_FAILED
+        if message.is_unreachable and message.peer is not None and state.is_current(message.peer):
+            cause = Cause.BROKEN_PATH
+            self._state.paths.complain(peer.member, message.peer)
         if state.round is not None:
             return []
         named = f" (peer {message.peer})" if message.peer else ""
-        detail = f"{peer.member}: {message.detail}{named}"
-        return self._changes.open_round((), Cause.COLLECTIVE_FAILED, detail, now)
+        return self._changes.open_round((), cause, f"{peer.member}: {message.detail}{named}", now)
 
     def _drain(self, member: MemberId) -> list[Effect]:
         state = self._state

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+from everstep.core.broken_paths import BrokenPaths
 from everstep.core.crash_loop import CrashPolicy
 from everstep.core.failure_detector import DetectorPolicy
 from everstep.core.messages import Cause, Effect, JournalRecord, Persist
@@ -29,6 +30,7 @@ class JobConfig:
     stuck_floor_s: float = 10.0
     stuck_initial_s: float = 300.0
     crash_loop_limit: int = 8  # deaths in a row at one place, before a group is left out; 0: never
+    path_pause_s: float = 10.0  # that a member first stays out for which there is no path to another
     return_timeout_s: float = 10.0  # after a restart of the lighthouse: members have this long to connect again
 
     @property
@@ -77,6 +79,7 @@ class JobState:
         self.incarnation_limit = record.incarnation_limit if record else 0
         self._incarnation = self.incarnation_limit
         self.round: OpenRound | None = None
+        self.paths = BrokenPaths(config.path_pause_s)
         self.suspects: dict[MemberId, Cause] = {}
         self.evicted: dict[str, int] = {}  # highest evicted incarnation of each replica_id
         self.stuck: dict[MemberId, None] = {}  # evicted so, and perhaps not told yet; the newest STUCK_KEPT_MAX

@@ -39,7 +39,7 @@ class Cause(str, enum.Enum):
     LEFT = "left"  # said Goodbye while the others go on
     COLLECTIVE_FAILED = "collective-failed"  # a member said Failed; nobody need have died
     NO_READY = "no-ready"  # it did not answer a round within the heartbeat timeout
-    BROKEN_PATH = "broken-path"  # two members cannot reach each other (reserved; not raised yet)
+    BROKEN_PATH = "broken-path"  # two members cannot reach each other, though both reach the lighthouse
     STUCK = "stuck"  # its training thread stands still while the others wait for it
     OUT_OF_STEP = "out-of-step"  # it (re)connected in a state that only a round can mend
 
@@ -103,6 +103,7 @@ class Failed(msgspec.Struct, frozen=True, tag="failed"):
     quorum_id: QuorumId
     peer: MemberId | None = None
     detail: str = ""
+    is_unreachable: bool = False  # nothing came back from its host; not: it closed the connection
 
 
 class Heartbeat(msgspec.Struct, frozen=True, tag="heartbeat"):

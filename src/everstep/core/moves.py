@@ -166,6 +166,7 @@ class CollectiveFailed:
     quorum_id: QuorumId
     peer: int | None = None
     detail: str = ""
+    is_unreachable: bool = False  # nothing came back from the peer's host; not: it closed the connection
 
 
 @dataclasses.dataclass(frozen=True)

@@ -47,10 +47,7 @@ class Reconfigurer:
             return out
         if member not in state.known_members:
             return self._refuse([member], "not heard of while it waited to join: " + detail)
-        state.suspects[member] = cause
-        out.append(Log("member suspected", {"member": str(member), "cause": cause.value, "detail": detail}))
-        if cause is not Cause.LEFT:  # that was told when it said so, and is no failure
-            out.append(of_member(EventKind.MEMBER_FAILED, member, quorum=state.current, cause=cause, evidence=detail))
+        out += self._note_suspect(member, cause, detail)
         if not state.is_current(member):
             out += self._refuse([member], "suspected while joining: " + detail)
         if state.round is not None:
@@ -63,6 +60,14 @@ class Reconfigurer:
             out += self.open_round((member,), cause, detail, now)
         else:
             out += self.propose()
+        return out
+
+    def _note_suspect(self, member: MemberId, cause: Cause, detail: str) -> list[Effect]:
+        self._state.suspects[member] = cause
+        out: list[Effect] = [Log("member suspected", {"member": str(member), "cause": cause.value, "detail": detail})]
+        if cause is not Cause.LEFT:  # that was told when it said so, and is no failure
+            quorum = self._state.current
+            out.append(of_member(EventKind.MEMBER_FAILED, member, quorum=quorum, cause=cause, evidence=detail))
         return out
 
     def clear(self, member: MemberId, why: str) -> list[Effect]:
@@ -151,14 +156,10 @@ class Reconfigurer:
                 cause = Cause.STUCK
                 why = f"no progress in round {state.round.id}, while it puts the notice off"
                 state.condemn(member)
-            was_told = member in state.suspects
-            state.suspects[member] = cause
-            if was_told:
+            if member in state.suspects:
+                state.suspects[member] = cause
                 continue
-            fields: dict[str, object] = {"member": str(member), "cause": cause.value}
-            out.append(Log("member suspected", fields))
-            failed = EventKind.MEMBER_FAILED
-            out.append(of_member(failed, member, quorum=state.current, cause=cause, evidence=why))
+            out += self._note_suspect(member, cause, why)
         state.round.missing = waiting_on
         return out + self.try_grant(now)
 
@@ -198,8 +199,20 @@ class Reconfigurer:
                     "directory and the groups again"
                 )
             case Won(survivors):
-                return self._grant(survivors, now)
+                out = self._judge_paths(survivors, now)
+                return out + self._grant(tuple(m for m in survivors if m not in state.suspects), now)
         raise AssertionError("unreachable")
+
+    def _judge_paths(self, survivors: tuple[MemberId, ...], now: float) -> list[Effect]:
+        """Make suspects of those who must make way because somebody else cannot reach them."""
+        state = self._state
+        assert state.round is not None
+        assert state.current is not None
+        reports = state.round.reports
+        answered = [m for m in state.current.member_ids if m in reports and m not in state.suspects]
+        step = max(reports[m].step for m in survivors)
+        verdicts = state.paths.judge(answered, step, now, lambda m: not reports[m].has_state or m in state.leaving)
+        return [e for v in verdicts for e in self._note_suspect(v.member, Cause.BROKEN_PATH, v.detail)]
 
     def _say_waiting(self, why: str) -> list[Effect]:
         assert self._state.round is not None
@@ -277,7 +290,11 @@ class Reconfigurer:
             else:
                 self._joiners.pop(member, None)
                 evicted.append(member)
-        return self._refuse(evicted, "left out of the quorum that survived a failure")
+        out: list[Effect] = []
+        for member in evicted:
+            pause = self._state.paths.pause_of(member.replica_id) if suspects.get(member) is Cause.BROKEN_PATH else None
+            out += self._refuse([member], pause.why if pause else "left out of the quorum that survived a failure")
+        return out
 
     def _refuse(self, members: list[MemberId], detail: str) -> list[Effect]:
         out: list[Effect] = []
@@ -377,7 +394,7 @@ class Reconfigurer:
             peer = self._roster.of(member)
             if peer is None or peer.link is None or member in self._state.suspects or current.is_member(member):
                 continue
-            if member in self._state.held:
+            if member in self._state.held or self._state.paths.pause_of(member.replica_id) is not None:
                 continue
             added[member] = peer.address
         return added

@@ -380,7 +380,8 @@ class Replica(ReplicaState):
         if event.peer is not None and 0 <= event.peer < len(self.quorum.members):
             peer = self.quorum.members[event.peer].id
         fields: dict[str, object] = {"quorum": str(event.quorum_id), "peer": str(peer), "detail": event.detail}
-        out = [Log("collective failed", fields), *self._send(Failed(event.quorum_id, peer, event.detail))]
+        failed = Failed(event.quorum_id, peer, event.detail, event.is_unreachable)
+        out = [Log("collective failed", fields), *self._send(failed)]
         return out + self._react_to_what_was_put_off()
 
     def _train_alone(self, history: str) -> list[Effect]:

@@ -23,6 +23,7 @@ STEPS_WARM_UP = 3  # of a process: they compile, allocate and fill caches, and s
 LONGEST_DECAY = 0.99  # a step: one slow step is forgotten after some hundred
 SECTION_CHARS_MAX = 64
 PAUSE_S = 1.0  # a heartbeat so late says that nothing of this process ran meanwhile
+BEATS_MISSED = 4  # until the lighthouse takes a member for silent
 LISTS_KEPT_MAX = 16  # member lists kept so that the lighthouse may send differences
 
 
@@ -137,6 +138,20 @@ class ReplicaState:
         )
 
     # ---- questions
+
+    @property
+    def waits_since(self) -> float | None:
+        """Since when it has been waiting in collectives with others, this quorum's or one before in the same call."""
+        activity, since = self._doing
+        waits_for_lighthouse = self.is_frozen or self._doubt_at is not None
+        if activity is not Activity.WAITING or waits_for_lighthouse or self.quorum is None:
+            return None
+        return since if len(self.quorum.members) > 1 else None
+
+    @property
+    def patience_s(self) -> float:
+        """How long nobody asks why: as long as the lighthouse waits for a heartbeat."""
+        return BEATS_MISSED * self._beat_interval_s
 
     @property
     def step(self) -> int:

@@ -112,6 +112,7 @@ class Faults:
     at_points: int = 0  # triggers, drawn
     hang: int = 0  # a training thread stands still while its link lives
     drain_group: int = 0  # the operator asks a group to leave
+    broken_path: int = 0  # two groups cannot reach each other for a while; both reach the lighthouse
     # Of followers, in groups of several ranks; the others strike leaders.
     rank_kill: int = 0
     rank_kill_unnoticed: int = 0
@@ -168,6 +169,7 @@ class Faults:
             at_points=rng.choice((0, 1, 2, 4)),
             hang=spare.choice((0, 0, 0, 0, 0, 1)),
             drain_group=spare.choice((0, 0, 0, 0, 0, 0, 1)),
+            broken_path=spare.choice((0, 0, 0, 0, 1, 2)),
         )
 
 
@@ -206,6 +208,7 @@ class Injector:
         self._vetoes = 0
         self._is_calm = False
         self.done: list[str] = []
+        self.broken_paths_s: list[float] = []  # how long each was to last
 
     @property
     def is_calm(self) -> bool:
@@ -224,12 +227,15 @@ class Injector:
                 continue
             for _ in range(getattr(self._faults, kind)):
                 when = world.now + self._rng.uniform(0, window)
-                calm_at = max(calm_at, when + (CRASH_LOOP_S if kind == "crash_loop" else 0.0))
-                world.at(when, lambda kind=kind: self._strike(kind, None, None))  # type: ignore[misc]
+                # A path stays broken for all of its time: what matters is what happens again and again meanwhile.
+                lasts_s = self._rng.choice((0.3, 2.0, 8.0)) if kind == "broken_path" else None
+                calm_at = max(calm_at, when + (CRASH_LOOP_S if kind == "crash_loop" else lasts_s or 0.0))
+                world.at(when, lambda kind=kind, s=lasts_s: self._strike(kind, None, s))  # type: ignore[misc]
         return calm_at
 
     def end(self) -> None:
         self._is_calm = True
+        self._world.collectives_of(0).mend_paths()
         self._vetoes = 0
         self._waiting.clear()
 
@@ -370,6 +376,17 @@ class Injector:
             self.done.pop()
             return
         self._world.lighthouse.drain(victim.replica_id)
+
+    def _broken_path(self, victim: "Party", seconds: float | None) -> None:
+        others = [p for p in self._living() if p is not victim]
+        if not others:
+            self.done.pop()
+            return
+        other = self._rng.choice(others)
+        lasts_s = self._or(seconds, (0.3, 2.0, 8.0))
+        self._world.collectives_of(0).break_path(victim.replica_id, other.replica_id, self._world.now + lasts_s)
+        self.broken_paths_s.append(lasts_s)
+        self.done[-1] += f"-{other.name}"
 
     def _leave(self, victim: "Party", _seconds: float | None) -> None:
         if len(self._world.living()) < 2:

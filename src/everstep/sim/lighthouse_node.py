@@ -33,6 +33,10 @@ class LighthouseNode:
     def is_up(self) -> bool:
         return self.machine is not None
 
+    def rounds_opened(self) -> list[Log]:
+        """In all of its lives."""
+        return [log for log in self.logs if log.event == "round opened"]
+
     def start(self) -> None:
         self._lives += 1
         self.machine = self._world.lighthouse_type(self.config, self.disk)

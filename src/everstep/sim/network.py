@@ -51,6 +51,7 @@ class Delays:
     fsync: tuple[float, float] = (0.0002, 0.004)
     notice_of_death: tuple[float, float] = (0.001, 0.05)
     wake: tuple[float, float] = (0.0, 0.001)  # until a waiting training thread sees what the link thread changed
+    no_answer: tuple[float, float] = (0.1, 0.4)  # until a peer's host counts as one that does not answer
     startup: tuple[float, float] = (0.0, 0.02)  # from the start of a process until it is ready to join
 
 
@@ -83,6 +84,16 @@ class Channel:
             self._under_way.popleft()()
 
 
+@dataclasses.dataclass(frozen=True)
+class NoAnswer:
+    """Instead of a collective's values: this peer's host does not answer."""
+
+    peer: MemberId
+
+
+Outcome = Sequence[object] | NoAnswer | None  # None: it failed, and names nobody
+
+
 @dataclasses.dataclass
 class Operation:
     """The n-th collective of a quorum: who put what in, and whom to tell."""
@@ -91,14 +102,14 @@ class Operation:
     position: int
     kind: str
     values: dict[MemberId, object]
-    waiting: dict[MemberId, Callable[[Sequence[object] | None], None]]
+    waiting: dict[MemberId, Callable[[Outcome], None]]
     result: tuple[object, ...] | None = None
     has_failed: bool = False
     lost: dict[MemberId, None] = dataclasses.field(default_factory=dict)  # the result will not reach them
 
 
 class Collectives:
-    """All quorums' collectives. A callback gets the values in rank order, or None for an error."""
+    """All quorums' collectives. A callback gets the values in rank order, or an error."""
 
     def __init__(self, clock: Clock, rng: random.Random, delays: Delays) -> None:
         self._clock = clock
@@ -108,6 +119,18 @@ class Collectives:
         self._position: dict[tuple[QuorumId, MemberId], int] = {}
         self._gone: dict[QuorumId, dict[MemberId, None]] = {}
         self.mixed: str | None = None
+        self._broken: dict[tuple[str, str], float] = {}  # pairs of groups without a path, and until when
+
+    def break_path(self, a: str, b: str, until: float) -> None:
+        """Nothing that needs both completes until then; who waits for the other's answer learns that none comes."""
+        self._broken[a, b] = until
+
+    def has_path(self, a: str, b: str) -> bool:
+        now = self._clock.now
+        return all(now >= self._broken.get(pair, 0.0) for pair in ((a, b), (b, a)))
+
+    def mend_paths(self) -> None:
+        self._broken.clear()
 
     def issue(
         self,
@@ -115,7 +138,7 @@ class Collectives:
         member: MemberId,
         kind: str,
         value: object,
-        done: Callable[[Sequence[object] | None], None],
+        done: Callable[[Outcome], None],
     ) -> None:
         quorum_id, members = quorum
         position = self._position.get((quorum_id, member), 0) + 1
@@ -128,9 +151,25 @@ class Collectives:
         operation.waiting[member] = done
         gone = self._gone.get(quorum_id, {})
         if len(operation.values) == len(members):
-            self._complete(operation, members)
+            if not self._is_cut(operation, members):
+                self._complete(operation, members)
         elif any(m in gone and m not in operation.values for m in members):
             self._fail(operation, [member])
+
+    def _is_cut(self, operation: Operation, members: tuple[MemberId, ...]) -> bool:
+        """Whether a path that it needs is broken: its ends, or one of them, find out; everybody else hangs."""
+        now = self._clock.now
+        cut = False
+        for (a, b), until in self._broken.items():
+            ends = [m for m in members if m.replica_id in (a, b)]
+            if now >= until or len(ends) < 2:
+                continue
+            cut = True
+            finders = list(zip(ends, reversed(ends), strict=True))
+            for end, other in finders if self._rng.random() < 0.7 else [self._rng.choice(finders)]:
+                delay = self._rng.uniform(*self._delays.no_answer)
+                self._clock.after(delay, lambda m=end, p=other: self._error(operation, m, NoAnswer(p)))  # type: ignore[misc]
+        return cut
 
     def _complete(self, operation: Operation, members: tuple[MemberId, ...]) -> None:
         operation.result = tuple(operation.values[m] for m in members)
@@ -138,7 +177,7 @@ class Collectives:
             delay = self._rng.uniform(*self._delays.collective)
             self._clock.after(delay, lambda m=member, d=done: self._finish(operation, m, d))  # type: ignore[misc]
 
-    def _finish(self, operation: Operation, member: MemberId, done: Callable[[Sequence[object] | None], None]) -> None:
+    def _finish(self, operation: Operation, member: MemberId, done: Callable[[Outcome], None]) -> None:
         if member not in operation.lost and operation.waiting.pop(member, None) is not None:
             if not operation.waiting:
                 self._operations.get(operation.quorum_id, {}).pop(operation.position, None)
@@ -153,10 +192,10 @@ class Collectives:
             delay = self._rng.uniform(*self._delays.collective)
             self._clock.after(delay, lambda m=member: self._error(operation, m))  # type: ignore[misc]
 
-    def _error(self, operation: Operation, member: MemberId) -> None:
+    def _error(self, operation: Operation, member: MemberId, error: NoAnswer | None = None) -> None:
         done = operation.waiting.pop(member, None)
         if done is not None:
-            done(None)
+            done(error)
 
     def leave(self, quorum_id: QuorumId, member: MemberId) -> None:
         """`member` died, or severed this quorum: what it has not completed ends; the others may or may not notice."""

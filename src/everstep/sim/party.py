@@ -18,7 +18,7 @@ from everstep.core.moves import (
 from everstep.core.recovery_plan import Claim
 from everstep.core.types import Lineage, Quorum, QuorumId
 from everstep.sim.checkers import Violation, Weights
-from everstep.sim.network import Channel
+from everstep.sim.network import Channel, NoAnswer, Outcome
 
 if TYPE_CHECKING:
     from everstep.sim.world import World
@@ -243,7 +243,7 @@ class Party:
         self._busy = token
         self._mark(Activity.WAITING)
 
-        def done(values: Sequence[object] | None) -> None:
+        def done(values: Outcome) -> None:
             if not self.is_alive:
                 return
             if self._world.now < self.frozen_until:
@@ -251,11 +251,14 @@ class Party:
                 return
             if self._busy is token:
                 self._busy = None
-                if values is None:
+                if isinstance(values, NoAnswer):
+                    rank = quorum.rank_of(values.peer)
+                    self._report(CollectiveFailed(quorum.id, rank, f"no answer: {kind}", is_unreachable=True))
+                elif values is None:
                     self._report(CollectiveFailed(quorum.id, None, kind))
                 else:
                     then(values)
-            elif values is not None:
+            elif values is not None and not isinstance(values, NoAnswer):
                 then(values)  # it raced with a freeze, or an error of another path: the machine must ignore it
 
         if not self.replica.config.freezes_on_notice:
@@ -282,6 +285,9 @@ class Party:
 
         def fetched() -> None:
             donor = self._world.process_of(member, self.rank)
+            if not self._world.collectives_of(self.rank).has_path(member.replica_id, self.replica_id):
+                self._report(CollectiveFailed(quorum.id, source, "no answer: source", is_unreachable=True))
+                return
             if donor is None or not donor.is_alive or donor.replica.lineage != lineage:
                 self._report(CollectiveFailed(quorum.id, source, "its source is gone, or went on"))
                 return

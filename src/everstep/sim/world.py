@@ -1,13 +1,14 @@
 """One schedule: parties, faults drawn from the seed, then peace, then the question whether all go on."""
 
 import dataclasses
+import math
 import random
 from collections.abc import Callable
 
 from everstep.core.follower import Follower
 from everstep.core.leader import Leader
 from everstep.core.lighthouse import JobConfig, LighthouseMachine
-from everstep.core.messages import Log
+from everstep.core.messages import Cause, Log
 from everstep.core.moves import ReplicaConfig
 from everstep.core.replica import Replica
 from everstep.core.types import MemberId, QuorumId
@@ -22,6 +23,7 @@ from everstep.sim.teams import Script, Teams
 EVENTS_MAX = 300_000
 HEAL_LIMIT_S = 60.0  # I7: virtual time after the last fault within which all must go on together
 
+PATH_PAUSE_S = 1.0
 TRIGGERS_LIMIT_S = 10.0  # triggers that were asked for and whose points nobody reached by then strike no more
 
 
@@ -120,6 +122,7 @@ class World:
             heartbeat_interval_s=timeout / 4,
             heartbeat_timeout_s=timeout,
             link_grace_s=self.climate.link_grace_s,
+            path_pause_s=PATH_PAUSE_S,
             stuck_floor_s=patience_s,
             stuck_initial_s=2 * patience_s,
         )
@@ -273,6 +276,7 @@ class World:
     def _check_progress(self) -> str:
         """I7: within the bound, everybody alive is in one settled quorum and a good way further."""
         work_s = 2 * self.steps * sum(self.delays.compute)
+        self._check_flapping()
         until = self.now + HEAL_LIMIT_S * self.climate.patience + work_s
         if self._run_until(self._all_arrived, until):
             return "ok"
@@ -291,6 +295,15 @@ class World:
             for p in living
         ]
         return "STUCK " + "; ".join(rows)
+
+    def _check_flapping(self) -> None:
+        """A broken path costs rounds in proportion to the logarithm of how long it lasts."""
+        rounds = sum(log.fields.get("cause") == Cause.BROKEN_PATH for log in self.lighthouse.rounds_opened())
+        # Each life of the lighthouse learns anew, and a kill of one end makes the other the one that must go.
+        lessons = 1 + sum(fault.startswith(("lighthouse", "kill")) for fault in self.faults.done)
+        bound = lessons * sum(3 + math.ceil(math.log2(1 + s / PATH_PAUSE_S)) for s in self.faults.broken_paths_s)
+        if rounds > bound:
+            raise Violation(f"I7 {rounds} rounds for broken paths, where {bound} are enough")
 
     def _all_arrived(self) -> bool:
         living = self.living()

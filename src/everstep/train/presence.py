@@ -15,7 +15,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from types import TracebackType
 from typing import Any
 from urllib.parse import urlsplit
@@ -25,19 +25,31 @@ import torch
 from everstep.collectives.gloo import GlooProcessGroup
 from everstep.collectives.nccl import NcclProcessGroup, ProcessGroupByDevice
 from everstep.collectives.process_group import ReconfigurableProcessGroup
+from everstep.collectives.sockets import host_and_port
 from everstep.collectives.store import HostedStore
 from everstep.collectives.with_lane import ProcessGroupWithLane
 from everstep.config import ManagerSettings
 from everstep.core.follower import Follower
 from everstep.core.group import Batch, Outcome
 from everstep.core.messages import Effect, Exit, Log, Send, Sever, Tell, ToMember
-from everstep.core.moves import AskToLeave, Leave, LinkDown, LinkUp, ReplicaConfig, ReplicaEvent, TrainAlone
+from everstep.core.moves import (
+    AskToLeave,
+    CollectiveFailed,
+    Leave,
+    LinkDown,
+    LinkUp,
+    ReplicaConfig,
+    ReplicaEvent,
+    TrainAlone,
+)
 from everstep.core.replica import Replica
+from everstep.core.types import QuorumId
 from everstep.errors import ConfigError, EverstepError, LighthouseRefused, LighthouseUnreachable
 from everstep.link.auth import Credentials
 from everstep.link.client import LinkClient
 from everstep.link.dial import LinkTarget
 from everstep.link.driver import Driver
+from everstep.link.path_watch import LongWait, PathWatch
 from everstep.logs import JobLog
 from everstep.recovery import Fetch, RecoveryServer, ServerOptions, TransferAuth
 
@@ -62,6 +74,7 @@ class Presence:
         self._client: LinkClient | None = None
         self._store: HostedStore | None = None
         self._fetch: Fetch | None = None
+        self._paths = PathWatch(self._long_wait, self._no_answer)
         self._error: Exception | None = None
         self.leaves_alone = False  # asked to leave, and there is nobody to tell
 
@@ -147,6 +160,7 @@ class Presence:
     def _close_servers(self) -> None:
         if self._driver is not None:
             self._driver.close()
+        self._paths.close()
         self.group.close()
         if self.server is not None:
             self.server.close()
@@ -258,6 +272,7 @@ class Presence:
     def on_start(self, loop: asyncio.AbstractEventLoop) -> None:
         assert self._driver is not None
         self._driver.attach(loop)
+        self._paths.attach(loop)
 
     def on_open(self) -> None:
         self.feed(LinkUp())
@@ -268,6 +283,27 @@ class Presence:
 
     def on_close(self, detail: str) -> None:  # noqa: ARG002 - the client has logged it
         self.feed(LinkDown())
+
+    def _long_wait(self) -> LongWait | None:
+        with self.changed:
+            replica = self.replica
+            since = replica.waits_since if isinstance(replica, Replica) else None
+            if since is None or replica.quorum is None or replica.rank is None:
+                return None
+            now = time.monotonic()
+            return LongWait(
+                quorum_id=replica.quorum.id,
+                since=since,
+                waited_s=now - since,
+                patience_s=replica.patience_s,
+                rank=replica.rank,
+                addresses=tuple(host_and_port(m.store) for m in replica.quorum.members),
+            )
+
+    def _no_answer(self, quorum_id: QuorumId, details: Mapping[int, str]) -> None:
+        """The lighthouse opens a round: what the training thread waits in ends with it."""
+        for rank, detail in details.items():
+            self.feed(CollectiveFailed(quorum_id, rank, detail, is_unreachable=True))
 
     def on_failed(self, error: Exception) -> None:
         """The training thread raises it at its next look."""
