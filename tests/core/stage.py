@@ -331,7 +331,8 @@ class Stage:
                     self._disk = record
                     current = listed(record.current) if record.current else "no quorum"
                     proposals = "".join(f", proposed {listed(q)}" for q in record.proposals)
-                    self._write(f"    lighthouse writes: epoch {record.epoch}, {current}{proposals}")
+                    leaving = f", leaving {' '.join(map(str, record.leaving))}" if record.leaving else ""
+                    self._write(f"    lighthouse writes: epoch {record.epoch}, {current}{proposals}{leaving}")
                 case Close(link, reason):
                     for actor in self.actors.values():
                         if actor.link == link:

@@ -255,7 +255,10 @@ class LighthouseMachine:
             return []  # a joiner leaves by itself; one that is being switched in asks again
         state.leaving[member] = None
         asked = of_member(EventKind.DRAIN_ASKED, member, quorum=state.current)
-        return [Log("drain asked", {"member": str(member)}), asked, *self._changes.propose()]
+        out: list[Effect] = [Log("drain asked", {"member": str(member)}), asked]
+        proposed = self._changes.propose()
+        # The operator asks once: it must outlive this process, also where a round puts the proposal off.
+        return out + (proposed or [state.persist()])
 
     def _goodbye(self, peer: Peer, message: Goodbye, now: float) -> list[Effect]:
         state = self._state

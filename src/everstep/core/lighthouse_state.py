@@ -81,7 +81,7 @@ class JobState:
         self.evicted: dict[str, int] = {}  # highest evicted incarnation of each replica_id
         self.stuck: dict[MemberId, None] = {}  # evicted so, and perhaps not told yet; the newest STUCK_KEPT_MAX
         self.held: dict[MemberId, float] = {}  # joiners that are let in no earlier than that
-        self.leaving: dict[MemberId, None] = {}
+        self.leaving: dict[MemberId, None] = {m: None for m in record.leaving if self.is_current(m)} if record else {}
         self.departed: dict[MemberId, bool] = {}  # who of known_members said Goodbye, and whether it held the state
         self.failures = 0
         self._known_of: tuple[QuorumId | None, ...] = (None,)
@@ -137,6 +137,7 @@ class JobState:
                 proposals=tuple(self.proposals.values()),
                 is_founding=self.is_founding,
                 ended=self.ended,
+                leaving=tuple(self.leaving),
             )
         )
 

@@ -262,6 +262,7 @@ class JournalRecord(msgspec.Struct, frozen=True):
     proposals: tuple[Quorum, ...] = ()
     is_founding: bool = False  # `current` is the first quorum of its history
     ended: bool = False  # every member left on purpose
+    leaving: tuple[MemberId, ...] = ()  # members of `current` that were asked to leave, and have not left yet
 
 
 class Tell(msgspec.Struct, frozen=True):
