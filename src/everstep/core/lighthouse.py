@@ -105,6 +105,7 @@ class LighthouseMachine:
         self._changes = Reconfigurer(self._state, self._roster, self._joiners, self._progress)
         self._founding = FoundingDesk(self._state, self._roster, self._joiners)
         self._books = Books()
+        self._ends_at: float | None = None  # everybody left or is gone; who is gone has until then to come back
         self._witnessed: dict[MemberId, None] = {}  # named by a failed collective since the last quorum
         self._crashes = CrashDesk(config.crash_policy)
         parts = (self._state, self._roster, self._joiners, self._detector, self._changes)
@@ -147,7 +148,7 @@ class LighthouseMachine:
             out += self._admission.admit_contenders_of(suspicion.member.replica_id, now)
         if self._state.round is not None and now >= self._state.round.deadline:
             out += self._changes.give_up_waiting(now)
-        out += self._end_if_all_left()
+        out += self._end_if_all_left(now)
         out += self._founding.abandon_lost_history()
         if self._state.held:
             out += self._admission.let_in(now)
@@ -158,7 +159,8 @@ class LighthouseMachine:
         return out
 
     def next_deadline(self) -> float | None:
-        deadlines = [self._detector.next_deadline(), self._founding.next_deadline(), *self._state.held.values()]
+        deadlines = [self._detector.next_deadline(), self._founding.next_deadline(), self._ends_at]
+        deadlines += self._state.held.values()
         if self._state.round is not None:
             deadlines.append(self._state.round.deadline)
         else:
@@ -280,14 +282,25 @@ class LighthouseMachine:
             self._detector.confirm(peer.member, now)
         return out
 
-    def _end_if_all_left(self) -> list[Effect]:
-        """Every member of the quorum left on purpose, or is gone for certain: the job is over."""
+    def _end_if_all_left(self, now: float) -> list[Effect]:
+        """Every member of the quorum left on purpose, or is gone and did not come back: the job is over."""
+        if not self._has_everybody_gone():
+            self._ends_at = None
+            return []
+        if self._changes.may_return():
+            self._ends_at = self._ends_at or now + self._config.return_timeout_s
+            if now < self._ends_at:
+                return []
+        return self._end_job()
+
+    def _has_everybody_gone(self) -> bool:
         state = self._state
         if state.current is None or not any(state.departed.values()):
-            return []
-        for member in state.current.member_ids:
-            if member not in state.departed and state.suspects.get(member) not in GONE_FOR_CERTAIN:
-                return []
+            return False
+        return all(m in state.departed or state.suspects.get(m) in GONE_FOR_CERTAIN for m in state.current.member_ids)
+
+    def _end_job(self) -> list[Effect]:
+        state, self._ends_at = self._state, None
         out: list[Effect] = []
         late = list(self._joiners)
         for member in late:

@@ -186,6 +186,8 @@ class Reconfigurer:
             reports=state.round.reports,
             suspects=state.suspects,
             is_founding=state.is_founding,
+            departed=state.departed,
+            may_return=self.may_return() if state.departed else (),
         )
         match count_round(view):
             case Pending(why):
@@ -200,6 +202,17 @@ class Reconfigurer:
             case Won(survivors):
                 return self._grant(survivors, now)
         raise AssertionError("unreachable")
+
+    def may_return(self) -> list[MemberId]:
+        """Suspects of the current quorum that did not leave, that nobody replaced, and whose end nobody ordered."""
+        state = self._state
+        return [
+            member
+            for member in (state.current.member_ids if state.current is not None else ())
+            if state.suspects.get(member) in (Cause.LINK_CLOSED, Cause.SILENT, Cause.NO_READY)
+            and member not in state.departed
+            and not self._roster.is_replaced(member)
+        ]
 
     def _say_waiting(self, why: str) -> list[Effect]:
         assert self._state.round is not None
