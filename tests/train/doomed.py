@@ -56,7 +56,6 @@ class Fate:
 class DoomedJournal(Journal):
     def __init__(self, path: Path, job_id: str, fate: Fate) -> None:
         super().__init__(path, job_id)
-        self._file = path
         self._fate = fate
         self._quorum: Quorum | None = None
 
@@ -66,7 +65,7 @@ class DoomedJournal(Journal):
             self._fate.reached("before the record")
         super().append(record)
         if is_new and self._fate.point == "record torn":
-            os.truncate(self._file, self._file.stat().st_size - TORN_BYTES)
+            os.truncate(self.path, self.path.stat().st_size - TORN_BYTES)
             self._fate.reached("record torn")
         if is_new:
             self._fate.reached("record on disk")
@@ -78,7 +77,7 @@ class DoomedStateDir(StateDir):
         self._fate = fate
 
     def journal(self, job_id: str) -> Journal:
-        path = super().journal(job_id)._path
+        path = super().journal(job_id).path
         return DoomedJournal(path, job_id, self._fate)
 
 

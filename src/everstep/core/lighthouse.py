@@ -129,7 +129,7 @@ class LighthouseMachine:
             case LinkClosed(link, detail):
                 out += self._link_closed(link, detail, now)
             case StartNewHistory():
-                out += [Log("new history", {"given_up": self._state.history}), *self._founding.forget_history()]
+                out += self._start_new_history()
             case DrainGroup(replica_id):
                 for member in self._state.current.member_ids if self._state.current is not None else ():
                     if member.replica_id == replica_id:
@@ -139,6 +139,13 @@ class LighthouseMachine:
             case LinkOpened():
                 pass
         return out + self.tick(now)
+
+    def _start_new_history(self) -> list[Effect]:
+        known, out = list(self._state.known_members), self._founding.start_new_history()
+        for member in known:
+            if member not in self._joiners:
+                self._detector.forget(member)
+        return out
 
     def tick(self, now: float) -> list[Effect]:
         out: list[Effect] = []

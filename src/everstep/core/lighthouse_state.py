@@ -74,6 +74,9 @@ class JobState:
         self.wanted = next(reversed(self.proposals.values())) if self.proposals else None
         self.is_founding = record.is_founding if record else False
         self.ended = record.ended if record else False
+        self.gives_up = record.gives_up if record else False
+        # Groups that hold state which this lighthouse knows nothing of: no history is founded beside theirs.
+        self.strangers: dict[str, None] = {}
         self.incarnation_limit = record.incarnation_limit if record else 0
         self._incarnation = self.incarnation_limit
         self.round: OpenRound | None = None
@@ -138,8 +141,15 @@ class JobState:
                 is_founding=self.is_founding,
                 ended=self.ended,
                 leaving=tuple(self.leaving),
+                gives_up=self.gives_up,
             )
         )
+
+    @property
+    def how_to_give_up(self) -> str:
+        """What an operator can do when the state that members hold is lost to this lighthouse."""
+        job = self.config.job_id
+        return f"`everstep new-history --job {job}` gives that state up; then start the groups again"
 
     def forget_quorums(self) -> None:
         """Nobody is a member any more."""

@@ -51,7 +51,7 @@ def count_round(view: RoundView) -> Pending | Lost | Won:
         return _nobody_has_state(view)
     if view.may_return and all(m in view.departed for m in survivors):
         back = next(iter(view.may_return))
-        return Pending(f"only members that leave the job answer, and {back} may come back")
+        return Pending(f"only members that leave the job answer, and others may come back, {back} among them")
     for proposal in view.proposals:
         if proposal.id > view.current.id and not _is_held_back(proposal, survivors, view):
             return Pending(f"proposal {proposal.id} may be in force among members that do not answer")

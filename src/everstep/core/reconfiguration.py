@@ -191,14 +191,11 @@ class Reconfigurer:
         )
         match count_round(view):
             case Pending(why):
-                return self._say_waiting(why)
+                return self._say_waiting(f"{why}; should they be gone for good, {state.how_to_give_up}")
             case Lost(is_unused) if is_unused:
                 return self._abandon_founding()
             case Lost():
-                return self._say_waiting(
-                    "no member that holds the state answers; to give it up, start the lighthouse on an empty state "
-                    "directory and the groups again"
-                )
+                return self._say_waiting(f"no member that holds the state answers; {state.how_to_give_up}")
             case Won(survivors):
                 return self._grant(survivors, now)
         raise AssertionError("unreachable")
