@@ -80,7 +80,7 @@ class Job:
 
     def start(self, group: int, **plan: Any) -> Running:
         ours, theirs = _context.Pipe()
-        made = Plan(group=group, groups=self.groups, lighthouse=self.address, **plan)
+        made = Plan(**{"group": group, "groups": self.groups, "lighthouse": self.address, **plan})
         process = _context.Process(target=train, args=(made, theirs))
         process.start()
         theirs.close()

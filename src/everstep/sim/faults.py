@@ -58,6 +58,8 @@ RANK_POINTS = (
     "Ballot",
     "RankFailed",
 )
+# After the message went to one link, before it goes to the next: only for "lighthouse_sending", which draws from these.
+SENDING_POINTS = tuple(f"lighthouse:sent:{kind}" for kind in ("Grant", "Grant", "Notice", "Proposal", "Switch"))
 FAULTS_AT_POINTS = ("kill", "kill", "kill_unnoticed", "link", "stall_up", "stall_down", "stop", "lighthouse", "error")
 
 
@@ -86,6 +88,11 @@ class Trigger:
             victim=rng.choice(("self", "self", "other")),
             after_s=rng.choice((0.0, 0.0, 0.0005, 0.002)),
         )
+
+    @staticmethod
+    def drawn_of_sends(rng: random.Random) -> "Trigger":
+        nth = rng.choice((1, 2, 3, 4, 5, 8))
+        return Trigger(point=rng.choice(SENDING_POINTS), fault="lighthouse_sending", nth=nth)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -135,6 +142,7 @@ class Faults:
             rank_drain=rng.choice((0, 0, 0, 0, 0, 1)),
             rank_hang=rng.choice((0, 0, 0, 0, 0, 1)),
         )
+    lighthouse_sending: int = 0  # the lighthouse dies between two links of one message; what it sent arrives
 
     @staticmethod
     def drawn(rng: random.Random) -> "Faults":
@@ -160,6 +168,9 @@ class Faults:
             at_points=rng.choice((0, 1, 2, 4)),
             hang=spare.choice((0, 0, 0, 0, 0, 1)),
             drain_group=spare.choice((0, 0, 0, 0, 0, 0, 1)),
+            lighthouse_sending=spare.choice(
+                (0, 0, 0, 0, 1, 0, 0, 0, 0)
+            ),  # so ordered that no seed of seeds.txt draws it
         )
 
 
@@ -193,6 +204,8 @@ class Injector:
         self._faults = faults
         more_points = RANK_POINTS if world.ranks > 1 else ()
         drawn = [Trigger.drawn(self._rng, more_points) for _ in range(faults.at_points)]
+        spare = random.Random(f"sending {world.seed}")  # older seeds still mean what they meant
+        drawn += [Trigger.drawn_of_sends(spare) for _ in range(faults.lighthouse_sending)]
         self._waiting: list[tuple[Trigger, list[int]]] = [(t, [0]) for t in (*triggers, *drawn)]
         self._unstruck = len(triggers)  # of those that were asked for: the faulty part lasts until they struck
         self._vetoes = 0
@@ -212,7 +225,7 @@ class Injector:
         world, calm_at = self._world, self._world.now + (window if self._waiting else 0.0)
         self._vetoes = self._faults.veto
         for kind in (f.name for f in dataclasses.fields(self._faults)):
-            if kind in ("veto", "at_points"):
+            if kind in ("veto", "at_points", "lighthouse_sending"):
                 continue
             for _ in range(getattr(self._faults, kind)):
                 when = world.now + self._rng.uniform(0, window)
@@ -251,7 +264,7 @@ class Injector:
                 victim = self._victim_of(trigger, process)
                 self._strike(trigger.fault, victim, trigger.seconds)
 
-        if trigger.fault == "lighthouse" and trigger.after_s == 0 and process is None:
+        if trigger.fault.startswith("lighthouse") and trigger.after_s == 0 and process is None:
             strike()  # in the middle of what it does, not after it
         else:
             self._world.after(trigger.after_s, strike)
@@ -273,8 +286,8 @@ class Injector:
     # ---- the faults
 
     def _strike(self, kind: str, victim: "Party | None", seconds: float | None) -> None:
-        if kind == "lighthouse":
-            self._lighthouse(seconds)
+        if kind in ("lighthouse", "lighthouse_sending"):
+            self._lighthouse(seconds, arrives=kind == "lighthouse_sending")
         elif kind == "lighthouse_stop":
             self.done.append("lighthouse_stop")
             self._world.lighthouse.stop(self._or(seconds, (0.1, 1.0, 5.0)))
@@ -295,10 +308,10 @@ class Injector:
             self.done.append(f"{kind} {victim.name}")
             act(victim, seconds)
 
-    def _lighthouse(self, seconds: float | None) -> None:
+    def _lighthouse(self, seconds: float | None, *, arrives: bool) -> None:
         if self._world.lighthouse.is_up:
-            self.done.append("lighthouse")
-            self._world.lighthouse.crash()
+            self.done.append("lighthouse_sending" if arrives else "lighthouse")
+            self._world.lighthouse.crash(arrives=arrives)
             self._world.after(self._or(seconds, (0.01, 0.5, 3.0)), self._world.lighthouse.start)
 
     def _kill(self, victim: "Party", seconds: float | None, is_noticed: bool = True) -> None:
