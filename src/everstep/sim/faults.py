@@ -142,6 +142,7 @@ class Faults:
             rank_drain=rng.choice((0, 0, 0, 0, 0, 1)),
             rank_hang=rng.choice((0, 0, 0, 0, 0, 1)),
         )
+
     lighthouse_sending: int = 0  # the lighthouse dies between two links of one message; what it sent arrives
 
     @staticmethod
