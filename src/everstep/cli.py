@@ -165,6 +165,15 @@ def admit(
 
 
 @app.command()
+def new_history(lighthouse: LighthouseOption = None, job: JobOption = None, token_file: TokenOption = None) -> None:
+    """Give up the state that a job's groups hold in memory: they end, and those started next begin a new history."""
+    from everstep.link.operate import start_new_history
+    from everstep.subscribe import target
+
+    typer.echo(start_new_history(target(lighthouse=lighthouse, job_id=job, token_file=token_file)))
+
+
+@app.command()
 def status(
     lighthouse: LighthouseOption = None,
     job: JobOption = None,

@@ -16,6 +16,7 @@ from everstep.core.lighthouse import (
     LinkClosed,
     LinkMessage,
     LinkOpened,
+    StartNewHistory,
 )
 from everstep.core.messages import (
     Activity,
@@ -259,6 +260,10 @@ class Stage:
         """The operator's request."""
         self._feed_lighthouse(AdmitGroup(replica_id))
 
+    def do_new_history(self) -> None:
+        """The operator's request."""
+        self._feed_lighthouse(StartNewHistory())
+
     def do_doing(self, name: str, activity: str, section: str = "") -> None:
         """What its training thread does from now on; in a section, if one is named."""
         self.actors[name].replica.mark(Activity[activity.upper()], self.now)
@@ -337,7 +342,9 @@ class Stage:
                     self._disk = record
                     current = listed(record.current) if record.current else "no quorum"
                     proposals = "".join(f", proposed {listed(q)}" for q in record.proposals)
-                    self._write(f"    lighthouse writes: epoch {record.epoch}, {current}{proposals}")
+                    leaving = f", leaving {' '.join(map(str, record.leaving))}" if record.leaving else ""
+                    gives_up = ", gives up the state" if record.gives_up else ""
+                    self._write(f"    lighthouse writes: epoch {record.epoch}, {current}{proposals}{leaving}{gives_up}")
                 case Close(link, reason):
                     for actor in self.actors.values():
                         if actor.link == link:

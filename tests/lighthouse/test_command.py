@@ -11,7 +11,8 @@ import pytest
 
 from everstep import __version__
 from everstep.cli import EXIT_CONFIG
-from everstep.core.messages import Switch
+from everstep.core.messages import Refused, Switch
+from everstep.core.types import RefusalCode
 from tests.link.parties import TOKEN, Member, Party
 from tests.support import proc
 from tests.support.processes import Spawner
@@ -133,6 +134,26 @@ def test_events_and_drain_show_and_ask_what_a_job_does(spawn: Spawner) -> None:
     assert server.wait() == 0
     lines = [json.loads(line) for line in server.stderr_path.read_text().splitlines()]
     assert {"event": "drain asked", "job_id": "job", "member": "b#2"}.items() <= lines_of(lines, "drain asked").items()
+
+
+def test_new_history_ends_the_groups_that_hold_state_and_those_started_next_begin_anew(spawn: Spawner) -> None:
+    server = spawn(["-m", "everstep.cli", "lighthouse", "--port", "0"], env=CLEAN, until_teardown=True)
+    address = server.expect_line("listening on").rpartition(" ")[2]
+    where = ["--lighthouse", address, "--job", "job"]
+    unknown = spawn(["-m", "everstep.cli", "new-history", *where], env=CLEAN)
+    assert unknown.wait() == EXIT_CONFIG
+    assert "no job 'job' here" in unknown.stderr_path.read_text()
+    with Member(f"http://{address}", "a") as a:
+        first = a.events.expect("message", lambda seen: isinstance(seen.value, Switch)).value.founding
+        asking = spawn(["-m", "everstep.cli", "new-history", *where], env=CLEAN)
+        assert "the state is given up" in asking.read_line()
+        refused = a.events.expect("message", lambda seen: isinstance(seen.value, Refused)).value
+        assert refused.code is RefusalCode.JOB_ENDED
+        assert "start it again, from its checkpoint" in refused.detail
+        assert asking.wait() == 0
+    with Member(f"http://{address}", "a") as again:
+        second = again.events.expect("message", lambda seen: isinstance(seen.value, Switch)).value.founding
+    assert second.history != first.history
 
 
 def lines_of(lines: list[dict[str, object]], event: str) -> dict[str, object]:

@@ -160,9 +160,25 @@ def test_a_full_disk_holds_the_job_back_until_there_is_room_and_is_said(
         job.receive(EVENT)
         journal.gate.release()
         await wait_until_async(lambda: "No space left" in caplog.text)
-        assert outbox.sent == []
+        (told,) = outbox.sent
+        assert told == "the lighthouse cannot write its journal (No space left on device): free the disk"
         journal.gate.release()
-        await wait_until_async(lambda: outbox.sent == ["after"])
+        await wait_until_async(lambda: outbox.sent == [told, "after"])
+        assert await job.wait_durable(10.0)
+
+    with_job(Script([persist(1), say("after")]), outbox, journal, test)
+
+
+def test_an_operators_request_is_not_confirmed_before_it_is_on_disk(tmp_path: Path) -> None:
+    journal = SlowJournal(tmp_path / "j")
+    outbox = Outbox(journal)
+
+    async def test(job: Job, _: list[Exception]) -> None:
+        job.receive(EVENT)
+        assert not await job.wait_durable(0.05)
+        journal.gate.release()
+        assert await job.wait_durable(10.0)
+        assert outbox.sent == ["after"]
 
     with_job(Script([persist(1), say("after")]), outbox, journal, test)
 

@@ -1,6 +1,6 @@
 """Explicit schedules and budgets: the fault budgets of the executable model, and its scripted counterexamples."""
 
-from everstep.sim.faults import CLIMATES, Climate, Faults, Trigger
+from everstep.sim.budgets import CLIMATES, Climate, Faults, Trigger
 from everstep.sim.network import Delays
 
 LAN = CLIMATES[0]

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from everstep.sim.faults import Faults, Trigger
+from everstep.sim.budgets import Faults, Trigger
 from everstep.sim.teams import GROUP_ENDS_S
 from everstep.sim.world import World
 from tests.sim.schedules import HASTY, LAN

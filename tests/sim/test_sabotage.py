@@ -9,7 +9,7 @@ from everstep.core.follower import Follower
 from everstep.core.leader import Leader
 from everstep.core.lighthouse import LighthouseMachine
 from everstep.core.replica import Replica
-from everstep.sim.faults import Climate, Faults, Trigger
+from everstep.sim.budgets import Climate, Faults, Trigger
 from everstep.sim.world import World
 from tests.sim import sabotage
 from tests.sim.schedules import (

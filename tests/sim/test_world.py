@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from everstep.sim.__main__ import main
-from everstep.sim.faults import CLIMATES, Climate, Faults, Trigger
+from everstep.sim.budgets import CLIMATES, Climate, Faults, Trigger
 from everstep.sim.world import World
 from tests.sim.sabotage import CommitsOnItsOwnVote
 from tests.sim.schedules import HASTY, HEAVY, LAN, MODEL_BUDGETS, SCRIPTED

@@ -98,7 +98,7 @@ class Job:
         if self._network is not None:
             plan["namespace"] = self._network.hosts.file(str(group))
             plan["options"] = {"token_file": str(self._network.token_file), **plan.get("options", {})}
-        made = Plan(group=group, groups=self.groups, lighthouse=self.address, **plan)
+        made = Plan(**{"group": group, "groups": self.groups, "lighthouse": self.address, **plan})
         process = _context.Process(target=train, args=(made, theirs))
         process.start()
         theirs.close()

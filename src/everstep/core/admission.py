@@ -5,6 +5,7 @@ import dataclasses
 from everstep.core.crash_loop import CrashDesk, Verdict
 from everstep.core.events import EventKind, JobEvent, of_member
 from everstep.core.failure_detector import FailureDetector
+from everstep.core.founding import GIVEN_UP
 from everstep.core.lighthouse_state import JobState
 from everstep.core.messages import (
     Cause,
@@ -25,6 +26,7 @@ from everstep.core.roster import Peer, Roster
 from everstep.core.types import MemberId, RefusalCode
 
 REPLICA_ID_CHARS_MAX = 128
+STRANGERS_KEPT_MAX = 1000
 
 
 @dataclasses.dataclass
@@ -66,7 +68,7 @@ class Admission:
     def hello(self, link: int, hello: Hello, now: float) -> list[Effect]:
         refusal = self._why_refuse(hello)
         if refusal is not None:
-            return [Send(refusal, (link,)), Close(link, refusal.detail)]
+            return [*self._note_stranger(hello, refusal), Send(refusal, (link,)), Close(link, refusal.detail)]
         other = self._roster.connected_as(hello.report.member.replica_id)
         if other is not None and other.link != link:
             if other.hello.nonce != hello.nonce:
@@ -86,13 +88,28 @@ class Admission:
             wanted = max(hello.min_replicas, self._config.min_replicas)
             detail = f"min_replicas is {wanted} but the job has only {hello.expected_replicas} replica groups"
             return Refused(RefusalCode.BAD_CONFIG, f"{detail}: lower --min-replicas or raise NUM_REPLICA_GROUPS")
-        if report.has_state and hello.lighthouse != state.lighthouse:
+        is_stranger = hello.lighthouse != state.lighthouse
+        if report.has_state and state.current is None and (state.gives_up or (state.ended and not is_stranger)):
+            # A process that went on under a new incarnation would found the next history with stale weights.
+            why = GIVEN_UP if state.gives_up else "the job ended while this group was away"
+            return Refused(RefusalCode.JOB_ENDED, why)
+        if report.has_state and is_stranger:
             detail = (
                 f"{name} holds state of this job that lighthouse {state.lighthouse} knows nothing of: it would found a "
-                "second history. Start the lighthouse on the state directory it had, or restart the members"
+                f"second history. Start the lighthouse on the state directory it had; or {state.how_to_give_up}"
             )
             return Refused(RefusalCode.STRANGER, detail)
         return None
+
+    def _note_stranger(self, hello: Hello, refusal: Refused) -> list[Effect]:
+        state, name = self._state, hello.report.member.replica_id
+        if refusal.code is not RefusalCode.STRANGER or name in state.strangers:
+            return []
+        state.strangers[name] = None
+        if len(state.strangers) > STRANGERS_KEPT_MAX:
+            del state.strangers[next(iter(state.strangers))]
+        fields: dict[str, object] = {"group": name, "step": hello.report.step, "its_lighthouse": hello.lighthouse}
+        return [Log("stranger refused", fields | {"remedy": refusal.detail})]
 
     def _contend(self, link: int, hello: Hello, other: Peer, now: float) -> list[Effect]:
         """Another live process has this replica_id, or a dead one whose socket a forked child keeps open."""
@@ -151,6 +168,7 @@ class Admission:
                 peer.learn(quorum_id)
             out += self._hello_with_state(peer, now)
         else:
+            self._state.strangers.pop(member.replica_id, None)  # a new process: the one with the state is gone
             out += self._hello_without_state(peer, now)
             out += self._hold(member, verdict, now)
         for older in [m for m in self._state.known_members if m.replica_id == member.replica_id and m != member]:
@@ -235,7 +253,9 @@ class Admission:
         self._joiners[member] = None
         fields: dict[str, object] = {"member": str(member), "address": peer.hello.store}
         out: list[Effect] = [Log("member waits to join", fields), of_member(EventKind.MEMBER_WAITING, member)]
-        pause = self._state.paths.pause_of(member.replica_id)
+        if state.round is not None and state.round.reported_why:
+            out += self._roster.send(Waiting(state.round.reported_why), [member])
+        pause = state.paths.pause_of(member.replica_id)
         return [*out, *self._roster.send(Waiting(pause.why), [member])] if pause is not None else out
 
     def _evict_on_hello(self, peer: Peer) -> list[Effect]:

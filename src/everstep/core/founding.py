@@ -4,11 +4,13 @@ from collections.abc import Sequence
 
 from everstep.core.events import EventKind, JobEvent, of_quorum
 from everstep.core.lighthouse_state import JobState
-from everstep.core.messages import Cause, Effect, Log, Publish, Send, Switch, Waiting
+from everstep.core.messages import Cause, Effect, Log, Publish, Refused, Send, Switch, Waiting
 from everstep.core.roster import Roster
-from everstep.core.types import MemberId, genesis
+from everstep.core.types import MemberId, RefusalCode, genesis
 
 SAY_ALL_INTERVAL_S = 1.0
+STRANGERS_NAMED_MAX = 8
+GIVEN_UP = "the operator gave up the state that this group holds: start it again, from its checkpoint"
 # A member that failed in one of these ways is gone for certain once a newer process of its replica_id said Hello.
 GONE_FOR_CERTAIN = (Cause.LINK_CLOSED, Cause.SUPERSEDED, Cause.LEFT)
 
@@ -34,6 +36,9 @@ class FoundingDesk:
         if state.current is not None or (state.history and not state.ended):
             self._deadline = None
             return []
+        if state.strangers and self._joiners:
+            self._deadline = None
+            return self._say(self._why_strangers(), now)
         if not self._joiners:
             self._deadline, self._expected, self._minimum = None, 0, state.config.min_replicas
             return []
@@ -48,6 +53,13 @@ class FoundingDesk:
             self._deadline = now + state.config.join_timeout_s
         why = f"{here} replica groups are here; {max(self._expected, self._minimum)} found the job together"
         return self._say(why, now)
+
+    def _why_strangers(self) -> str:
+        names = ", ".join(list(self._state.strangers)[:STRANGERS_NAMED_MAX])
+        return (
+            f"the state of this job that {names} held when last heard is unknown here, and no second history begins "
+            f"beside it: start the lighthouse on the state directory it had, or {self._state.how_to_give_up}"
+        )
 
     def _read_newest(self) -> None:
         """What the joiner that came last asks for; those before it were read when they came."""
@@ -86,8 +98,27 @@ class FoundingDesk:
         lost = Publish(JobEvent(kind=EventKind.HISTORY_LOST, quorum_id=str(state.current.id), evidence=why))
         return [Log("history lost", fields), lost, *self.forget_history(keep=stateless)]
 
+    def start_new_history(self) -> list[Effect]:
+        """The operator gives up the state in memory: whoever holds it ends; those without it found a new history."""
+        state = self._state
+        reports = state.round.reports if state.round is not None else {}
+        known = state.known_members
+        stateless = [m for m in known if m in self._joiners or (m in reports and not reports[m].has_state)]
+        out: list[Effect] = [Log("new history", {"given_up": state.history or "none"})]
+        out.append(Publish(JobEvent(kind=EventKind.HISTORY_LOST, evidence="the operator starts a new history")))
+        given_up = [m for m in known if m not in stateless]
+        for member in stateless:
+            if self._roster.is_connected(member):
+                self._joiners[member] = None
+        state.gives_up = True
+        state.strangers.clear()
+        out += self.forget_history(keep=stateless)
+        for member in given_up:
+            out += self._roster.send(Refused(RefusalCode.JOB_ENDED, GIVEN_UP, member), [member])
+        return out
+
     def forget_history(self, keep: Sequence[MemberId] = ()) -> list[Effect]:
-        """Drop the current quorum, so that a new history can be founded. Also the operator's --new-history."""
+        """Drop the current quorum, so that a new history can be founded."""
         state = self._state
         for member in state.known_members:
             if member not in keep:
@@ -108,7 +139,7 @@ class FoundingDesk:
         founder = next(m.id for m in first.members if self._hello_step(m.id) == start_step)
         init_sync = any(peer.hello.init_sync for peer in peers)
         state.history = f"{state.config.history}-{first.id}"
-        state.current, state.is_founding, state.ended = first, True, False
+        state.current, state.is_founding, state.ended, state.gives_up = first, True, False, False
         for member in ready:
             del self._joiners[member]
         self._deadline, self._said = None, ""

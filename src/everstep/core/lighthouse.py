@@ -33,10 +33,11 @@ from everstep.core.messages import (
     Refused,
     ToLighthouse,
 )
+from everstep.core.overview import overview
 from everstep.core.progress import ProgressJudge
 from everstep.core.reconfiguration import Reconfigurer
 from everstep.core.roster import Peer, Roster
-from everstep.core.types import MemberId, Phase, QuorumId, RefusalCode
+from everstep.core.types import MemberId, QuorumId, RefusalCode
 
 __all__ = [
     "AdmitGroup",
@@ -105,6 +106,7 @@ class LighthouseMachine:
         self._changes = Reconfigurer(self._state, self._roster, self._joiners, self._progress)
         self._founding = FoundingDesk(self._state, self._roster, self._joiners)
         self._books = Books()
+        self._ends_at: float | None = None  # everybody left or is gone; who is gone has until then to come back
         self._witnessed: dict[MemberId, None] = {}  # named by a failed collective since the last quorum
         self._crashes = CrashDesk(config.crash_policy)
         parts = (self._state, self._roster, self._joiners, self._detector, self._changes)
@@ -128,7 +130,7 @@ class LighthouseMachine:
             case LinkClosed(link, detail):
                 out += self._link_closed(link, detail, now)
             case StartNewHistory():
-                out += [Log("new history", {"given_up": self._state.history}), *self._founding.forget_history()]
+                out += self._start_new_history()
             case DrainGroup(replica_id):
                 for member in self._state.current.member_ids if self._state.current is not None else ():
                     if member.replica_id == replica_id:
@@ -138,6 +140,13 @@ class LighthouseMachine:
             case LinkOpened():
                 pass
         return out + self.tick(now)
+
+    def _start_new_history(self) -> list[Effect]:
+        known, out = list(self._state.known_members), self._founding.start_new_history()
+        for member in known:
+            if member not in self._joiners:
+                self._detector.forget(member)
+        return out
 
     def tick(self, now: float) -> list[Effect]:
         out: list[Effect] = []
@@ -149,7 +158,7 @@ class LighthouseMachine:
             out += self._changes.give_up_waiting(now)
         if self._state.paths.end_pauses(now):
             out += self._changes.propose()
-        out += self._end_if_all_left()
+        out += self._end_if_all_left(now)
         out += self._founding.abandon_lost_history()
         if self._state.held:
             out += self._admission.let_in(now)
@@ -160,8 +169,8 @@ class LighthouseMachine:
         return out
 
     def next_deadline(self) -> float | None:
-        deadlines = [self._detector.next_deadline(), self._founding.next_deadline(), *self._state.held.values()]
-        deadlines.append(self._state.paths.next_deadline())
+        deadlines = [self._detector.next_deadline(), self._founding.next_deadline(), self._ends_at]
+        deadlines += [self._state.paths.next_deadline(), *self._state.held.values()]
         if self._state.round is not None:
             deadlines.append(self._state.round.deadline)
         else:
@@ -261,7 +270,10 @@ class LighthouseMachine:
             return []  # a joiner leaves by itself; one that is being switched in asks again
         state.leaving[member] = None
         asked = of_member(EventKind.DRAIN_ASKED, member, quorum=state.current)
-        return [Log("drain asked", {"member": str(member)}), asked, *self._changes.propose()]
+        out: list[Effect] = [Log("drain asked", {"member": str(member)}), asked]
+        proposed = self._changes.propose()
+        # The operator asks once: it must outlive this process, also where a round puts the proposal off.
+        return out + (proposed or [state.persist()])
 
     def _goodbye(self, peer: Peer, message: Goodbye, now: float) -> list[Effect]:
         state = self._state
@@ -283,14 +295,25 @@ class LighthouseMachine:
             self._detector.confirm(peer.member, now)
         return out
 
-    def _end_if_all_left(self) -> list[Effect]:
-        """Every member of the quorum left on purpose, or is gone for certain: the job is over."""
+    def _end_if_all_left(self, now: float) -> list[Effect]:
+        """Every member of the quorum left on purpose, or is gone and did not come back: the job is over."""
+        if not self._has_everybody_gone():
+            self._ends_at = None
+            return []
+        if self._changes.patience.may_return():
+            self._ends_at = self._ends_at or now + self._config.return_timeout_s
+            if now < self._ends_at:
+                return []
+        return self._end_job()
+
+    def _has_everybody_gone(self) -> bool:
         state = self._state
         if state.current is None or not any(state.departed.values()):
-            return []
-        for member in state.current.member_ids:
-            if member not in state.departed and state.suspects.get(member) not in GONE_FOR_CERTAIN:
-                return []
+            return False
+        return all(m in state.departed or state.suspects.get(m) in GONE_FOR_CERTAIN for m in state.current.member_ids)
+
+    def _end_job(self) -> list[Effect]:
+        state, self._ends_at = self._state, None
         out: list[Effect] = []
         late = list(self._joiners)
         for member in late:
@@ -340,42 +363,9 @@ class LighthouseMachine:
         return self._crashes.held(now)
 
     def status(self, now: float) -> dict[str, object]:
-        """Plain JSON values: the quorum, the round, and a row a peer."""
-        state = self._state
-        members = []
-        for peer in self._roster.peers():
-            beat = peer.heartbeat
-            members.append(
-                {
-                    "replica_id": peer.member.replica_id,
-                    "incarnation": peer.member.incarnation,
-                    "state": self._state_of(peer),
-                    "connected": peer.link is not None,
-                    "heard_s_ago": round(max(0.0, now - peer.heard_at), 3),
-                    "step": beat.step,
-                    "phase": Phase(beat.phase).name.lower(),
-                    "activity": beat.activity.name.lower(),
-                    "activity_s": round(beat.activity_s, 3),
-                    "section": beat.section,
-                }
-            )
+        """Plain JSON values: the quorum, the round, a row a peer, and each group's ledger."""
         return {
-            "epoch": state.epoch,
-            "history": state.history,
-            "quorum": str(state.current.id) if state.current else None,
-            "members": sorted(members, key=lambda row: str(row["replica_id"])),
-            "quorum_members": [str(m) for m in state.current.member_ids] if state.current else [],
-            "proposal": str(state.wanted.id) if state.wanted else None,
-            "round": str(state.round.id) if state.round else None,
-            "failures": state.failures,
+            **overview(self._state, self._roster, self._joiners, now),
             "ledger": {name: self._books.statement(name) for name in self._books.groups},
             "held": self.held(now),
-            "ended": state.ended,
         }
-
-    def _state_of(self, peer: Peer) -> str:
-        if peer.member in self._state.suspects:
-            return "suspect"
-        if self._state.is_current(peer.member):
-            return "leaving" if peer.member in self._state.leaving else "member"
-        return "joiner" if peer.member in self._joiners else "waiting"

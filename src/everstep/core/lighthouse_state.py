@@ -76,6 +76,9 @@ class JobState:
         self.wanted = next(reversed(self.proposals.values())) if self.proposals else None
         self.is_founding = record.is_founding if record else False
         self.ended = record.ended if record else False
+        self.gives_up = record.gives_up if record else False
+        # Groups that hold state which this lighthouse knows nothing of: no history is founded beside theirs.
+        self.strangers: dict[str, None] = {}
         self.incarnation_limit = record.incarnation_limit if record else 0
         self._incarnation = self.incarnation_limit
         self.round: OpenRound | None = None
@@ -84,7 +87,7 @@ class JobState:
         self.evicted: dict[str, int] = {}  # highest evicted incarnation of each replica_id
         self.stuck: dict[MemberId, None] = {}  # evicted so, and perhaps not told yet; the newest STUCK_KEPT_MAX
         self.held: dict[MemberId, float] = {}  # joiners that are let in no earlier than that
-        self.leaving: dict[MemberId, None] = {}
+        self.leaving: dict[MemberId, None] = {m: None for m in record.leaving if self.is_current(m)} if record else {}
         self.departed: dict[MemberId, bool] = {}  # who of known_members said Goodbye, and whether it held the state
         self.failures = 0
         self._known_of: tuple[QuorumId | None, ...] = (None,)
@@ -140,8 +143,16 @@ class JobState:
                 proposals=tuple(self.proposals.values()),
                 is_founding=self.is_founding,
                 ended=self.ended,
+                leaving=tuple(self.leaving),
+                gives_up=self.gives_up,
             )
         )
+
+    @property
+    def how_to_give_up(self) -> str:
+        """What an operator can do when the state that members hold is lost to this lighthouse."""
+        job = self.config.job_id
+        return f"`everstep new-history --job {job}` gives that state up; then start the groups again"
 
     def forget_quorums(self) -> None:
         """Nobody is a member any more."""

@@ -263,6 +263,8 @@ class JournalRecord(msgspec.Struct, frozen=True):
     proposals: tuple[Quorum, ...] = ()
     is_founding: bool = False  # `current` is the first quorum of its history
     ended: bool = False  # every member left on purpose
+    leaving: tuple[MemberId, ...] = ()  # members of `current` that were asked to leave, and have not left yet
+    gives_up: bool = False  # the operator gave the members' state up, and the new history is not founded yet
 
 
 class Tell(msgspec.Struct, frozen=True):

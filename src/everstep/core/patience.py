@@ -38,3 +38,14 @@ class Patience:
         if any(state.suspects.get(m) is not Cause.SILENT for m in here):
             return []
         return [m for m in here if m != member and self._roster.is_connected(m)]
+
+    def may_return(self) -> list[MemberId]:
+        """Suspects of the current quorum that did not leave, that nobody replaced, and whose end nobody ordered."""
+        state = self._state
+        return [
+            member
+            for member in (state.current.member_ids if state.current is not None else ())
+            if state.suspects.get(member) in (Cause.LINK_CLOSED, Cause.SILENT, Cause.NO_READY)
+            and member not in state.departed
+            and not self._roster.is_replaced(member)
+        ]

@@ -36,6 +36,8 @@ class RoundView:
     reports: Mapping[MemberId, Report]
     suspects: Collection[MemberId]
     is_founding: bool
+    departed: Collection[MemberId] = ()  # said Goodbye: they answer, and end
+    may_return: Collection[MemberId] = ()  # suspects that may live and hold the state
 
 
 def count_round(view: RoundView) -> Pending | Lost | Won:
@@ -47,6 +49,9 @@ def count_round(view: RoundView) -> Pending | Lost | Won:
     survivors = tuple(m for m in needed if view.reports[m].has_state)
     if not survivors:
         return _nobody_has_state(view)
+    if view.may_return and all(m in view.departed for m in survivors):
+        back = next(iter(view.may_return))
+        return Pending(f"only members that leave the job answer, and others may come back, {back} among them")
     for proposal in view.proposals:
         if proposal.id > view.current.id and not _is_held_back(proposal, survivors, view):
             return Pending(f"proposal {proposal.id} may be in force among members that do not answer")

@@ -32,7 +32,7 @@ class Reconfigurer:
         self._state = state
         self._roster = roster
         self._joiners = joiners
-        self._patience = Patience(state, roster, progress)
+        self.patience = Patience(state, roster, progress)
 
     # ---- suspicion and rounds (G1, G2)
 
@@ -124,7 +124,7 @@ class Reconfigurer:
         member = report.member
         if member in state.stuck:
             return []
-        silent = self._patience.silent_with(member)
+        silent = self.patience.silent_with(member)
         if member in state.known_members:
             out += self.clear(member, "it answered the round")
         state.round.reports[member] = report
@@ -148,11 +148,11 @@ class Reconfigurer:
         assert state.round is not None
         state.round.deadline = now + state.config.heartbeat_timeout_s
         out: list[Effect] = []
-        waiting_on = {m: None for m in state.round.missing if self._patience.takes_its_time(m)}
+        waiting_on = {m: None for m in state.round.missing if self.patience.takes_its_time(m)}
         for member in [m for m in state.round.missing if m not in waiting_on]:
             cause = Cause.NO_READY
             why = f"no answer to round {state.round.id} within {state.config.heartbeat_timeout_s:g} s"
-            if self._patience.puts_off(member):
+            if self.patience.puts_off(member):
                 cause = Cause.STUCK
                 why = f"no progress in round {state.round.id}, while it puts the notice off"
                 state.condemn(member)
@@ -187,17 +187,16 @@ class Reconfigurer:
             reports=state.round.reports,
             suspects=state.suspects,
             is_founding=state.is_founding,
+            departed=state.departed,
+            may_return=self.patience.may_return() if state.departed else (),
         )
         match count_round(view):
             case Pending(why):
-                return self._say_waiting(why)
+                return self._say_waiting(f"{why}; should they be gone for good, {state.how_to_give_up}")
             case Lost(is_unused) if is_unused:
                 return self._abandon_founding()
             case Lost():
-                return self._say_waiting(
-                    "no member that holds the state answers; to give it up, start the lighthouse on an empty state "
-                    "directory and the groups again"
-                )
+                return self._say_waiting(f"no member that holds the state answers; {state.how_to_give_up}")
             case Won(survivors):
                 out = self._judge_paths(survivors, now)
                 return out + self._grant(tuple(m for m in survivors if m not in state.suspects), now)

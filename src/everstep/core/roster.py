@@ -77,6 +77,11 @@ class Roster:
     def connected_as(self, replica_id: str) -> Peer | None:
         return self._connected.get(replica_id)
 
+    def is_replaced(self, member: MemberId) -> bool:
+        """A newer process of its replica group is connected."""
+        peer = self._connected.get(member.replica_id)
+        return peer is not None and peer.member.incarnation > member.incarnation
+
     @property
     def connected_count(self) -> int:
         return len(self._by_link)

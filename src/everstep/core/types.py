@@ -175,7 +175,7 @@ class RefusalCode(str, enum.Enum):
     STUCK = "stuck"  # its training thread stood still while the others waited; the process ends
     CRASH_LOOP = "crash-loop"  # its processes died again and again at one place
     BUSY = "busy"  # no room for another job, or it is just starting anew; try again
-    JOB_ENDED = "job-ended"  # every member left while it was joining
+    JOB_ENDED = "job-ended"  # every member left while it was joining or away; or the operator gave its state up
 
 
 def natural_key(text: str) -> tuple[tuple[int, int, str], ...]:

@@ -4,6 +4,7 @@
     /api/v1/status    JSON: every job's quorum, round and members (with the job token where one is set)
     /api/v1/events    a job's event log, as server-sent events (the same)
     /api/v1/drain     POST ?job=&group=: let a group leave at a step boundary (the same)
+    /api/v1/new-history   POST ?job=: give up the state that the job's members hold (the same)
     /healthz          "ok" to anybody
 
 Embedded in a process with an event loop it is an async context manager; `in_thread` runs it on a thread of its own.
@@ -30,7 +31,7 @@ from everstep.config import LighthouseSettings
 from everstep.core.messages import PROTOCOL_VERSION
 from everstep.errors import ConfigError
 from everstep.lighthouse.door import Door, look_after
-from everstep.lighthouse.jobs import Jobs
+from everstep.lighthouse.jobs import Jobs, NotDurable
 from everstep.lighthouse.journal import StateDir
 from everstep.link import auth
 from everstep.link.server import LinkServer
@@ -131,7 +132,7 @@ class Lighthouse:
         app.router.add_get("/link", self._server.handle)
         app.router.add_get("/api/v1/status", self._status)
         app.router.add_get("/api/v1/events", self._events)
-        app.router.add_post("/api/v1/{request:drain|admit}", self._operate)
+        app.router.add_post("/api/v1/{request:drain|admit|new-history}", self._operate)
         app.router.add_get("/healthz", _healthz)
         self._runner = web.AppRunner(app, access_log=None, shutdown_timeout=0.1)
         await self._runner.setup()
@@ -180,14 +181,22 @@ class Lighthouse:
             raise web.HTTPForbidden(text="browsers have no business here\n")
         assert self._jobs is not None
         job, group = request.query.get("job", "default"), request.query.get("group", "")
-        ask, text = {
-            "drain": (self._jobs.drain, "leaves at a step boundary, once another group holds the state"),
-            "admit": (self._jobs.pardon, "is let in again; its deaths so far are forgotten"),
-        }[request.match_info["request"]]
-        why_not = ask(job, group)
-        if why_not:
-            raise web.HTTPNotFound(text=why_not + "\n")
-        return web.Response(text=f"group {group} {text}\n")
+        try:
+            match request.match_info["request"]:
+                case "drain":
+                    await self._jobs.drain(job, group)
+                    text = f"group {group} leaves at a step boundary, once another group holds the state"
+                case "admit":
+                    await self._jobs.pardon(job, group)
+                    text = f"group {group} is let in again; its deaths so far are forgotten"
+                case _:
+                    await self._jobs.start_new_history(job)
+                    text = "the state is given up: groups that hold it end, those without it begin anew"
+        except LookupError as error:
+            raise web.HTTPNotFound(text=f"{error}\n") from error
+        except NotDurable as error:
+            raise web.HTTPServiceUnavailable(text=f"{error}\n") from error
+        return web.Response(text=text + "\n")
 
     def _check(self, request: web.Request, scope: str) -> None:
         bearer = request.headers.get("Authorization", "").removeprefix("Bearer ")

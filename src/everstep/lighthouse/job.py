@@ -7,6 +7,7 @@ records that pile up meanwhile share the next one, since each replaces those bef
 import asyncio
 import collections
 import concurrent.futures
+import errno
 import logging
 import secrets
 import time
@@ -16,11 +17,12 @@ from typing import Protocol
 from everstep.config import LighthouseSettings
 from everstep.core.events import JobEvent
 from everstep.core.lighthouse import Event, JobConfig, LighthouseMachine
-from everstep.core.messages import Close, Effect, JournalRecord, Log, Persist, Publish, Send, ToMember
+from everstep.core.messages import Close, Effect, JournalRecord, Log, Persist, Publish, Send, ToMember, Waiting
 from everstep.lighthouse.journal import Journal
 from everstep.link.driver import Driver
 
 WRITE_RETRY_S = 0.5
+_REMEDIES = dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "free the disk")
 LOG_REPEAT_S = 60.0  # an unchanged line of the same event is said again after this time
 
 log = logging.getLogger("everstep.lighthouse")
@@ -90,7 +92,8 @@ class Job:
         self._on_crash = on_crash
         self._on_event = on_event
         self._driver: Driver[Event] = Driver(machine, self._perform, on_crash=self._crashed)
-        self._queue: collections.deque[Effect | int] = collections.deque()  # a number: wait for that Persist
+        # A number: wait for that Persist. A future: somebody waits until all before it is done.
+        self._queue: collections.deque[Effect | int | asyncio.Future[None]] = collections.deque()
         self._persists = 0
         self._durable = 0
         self._newest: JournalRecord | None = None
@@ -110,6 +113,14 @@ class Job:
         except Exception as error:
             # Boundary between jobs: a bug that one of them met must not end the others.
             self._crashed(error)
+
+    async def wait_durable(self, timeout_s: float) -> bool:
+        """Whether all that the machine has said so far is on disk, and sent, within the time."""
+        done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._queue.append(done)
+        self._advance()
+        await asyncio.wait({done}, timeout=timeout_s)
+        return done.done() and not done.cancelled()
 
     def status(self) -> dict[str, object]:
         return self._machine.status(time.monotonic())
@@ -136,6 +147,9 @@ class Job:
         """Nothing more is said or written; a write under way is waited for."""
         self._is_closed = True
         self._driver.close()
+        for waiting in self._queue:
+            if isinstance(waiting, asyncio.Future):
+                waiting.cancel()
         self._queue.clear()
         if self._writing is not None:
             await asyncio.wait({self._writing})
@@ -162,7 +176,9 @@ class Job:
                 if head > self._durable:
                     return
             self._queue.popleft()
-            if not isinstance(head, int):
+            if isinstance(head, asyncio.Future):
+                head.set_result(None)
+            elif not isinstance(head, int):
                 self._do(head)
 
     def _do(self, effect: Effect) -> None:
@@ -193,9 +209,7 @@ class Job:
             try:
                 await loop.run_in_executor(self._executor, journal.append, record)
             except OSError as error:
-                # Without memory it must not decide anything: say so, and try until there is room again.
-                fields: dict[str, object] = {"error": str(error), "remedy": "free the disk; the job waits meanwhile"}
-                self._say("journal not written", fields, logging.ERROR)
+                self._say_not_written(journal, error)
                 await asyncio.sleep(WRITE_RETRY_S)
                 continue
             self.record, self._durable = record, number
@@ -207,6 +221,14 @@ class Job:
             # The same boundary: a task's error has no caller.
             self._crashed(error)
 
+    def _say_not_written(self, journal: Journal, error: OSError) -> None:
+        """Without memory it must not decide anything: say so, also to who waits, and try until it can be written."""
+        remedy = _REMEDIES.get(error.errno or 0, "make it writable")
+        fields: dict[str, object] = {"journal": str(journal.path), "error": str(error)}
+        if self._say("journal not written", fields | {"remedy": f"{remedy}; the job waits meanwhile"}, logging.ERROR):
+            why = error.strerror or str(error)
+            self._links.send(Waiting(f"the lighthouse cannot write its journal ({why}): {remedy}"), self.open_links)
+
     def _crashed(self, error: Exception) -> None:
         if not self._is_closed:
             self._is_closed = True
@@ -215,16 +237,17 @@ class Job:
 
     # ---- for people
 
-    def _say(self, event: str, fields: dict[str, object], level: int = logging.INFO) -> None:
-        """One line a change: what was said of the same event just before is not said again."""
+    def _say(self, event: str, fields: dict[str, object], level: int = logging.INFO) -> bool:
+        """One line a change: what was said of the same event just before is not said again (False)."""
         now = time.monotonic()
         fields_before, said_at = self._said.get(event, (None, 0.0))
         if fields == fields_before and now < said_at + LOG_REPEAT_S:
-            return
+            return False
         self._said[event] = (fields, now)
         words = "".join(f" {key}={_plain(value)}" for key, value in fields.items())
         extra = {"everstep": {"event": event, "job_id": self.job_id, **fields}}
         log.log(level, "%s job=%s%s", event, _plain(self.job_id), words, extra=extra)
+        return True
 
 
 def _plain(value: object) -> str:

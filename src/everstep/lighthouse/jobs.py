@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable
 
 from everstep.config import LighthouseSettings
-from everstep.core.lighthouse import AdmitGroup, DrainGroup, LinkClosed, LinkMessage, LinkOpened
+from everstep.core.lighthouse import AdmitGroup, DrainGroup, LinkClosed, LinkMessage, LinkOpened, StartNewHistory
 from everstep.core.messages import JournalRecord, Refused, ToLighthouse
 from everstep.core.types import RefusalCode
 from everstep.errors import ConfigError
@@ -15,11 +15,16 @@ from everstep.lighthouse.job import Job, JobMachine, make_machine
 from everstep.lighthouse.journal import StateDir
 from everstep.link.server import LinkServer
 
+DURABLE_S = 5.0  # that an operator's request waits for the disk
 WRITERS = 4  # journals that are written at the same time
 
 NewMachine = Callable[[str, LighthouseSettings, JournalRecord | None], JobMachine]
 
 log = logging.getLogger("everstep.lighthouse")
+
+
+class NotDurable(Exception):
+    """The job knows of the request; its journal does not yet."""
 
 
 class Jobs:
@@ -61,29 +66,38 @@ class Jobs:
         job = self._jobs.get(job_id)
         return job.status() if job is not None else None
 
-    def drain(self, job_id: str, replica_id: str) -> str:
-        """Let this group leave its job at a step boundary. Returns "" or why there is no such group."""
-        job = self._jobs.get(job_id)
-        if job is None:
-            return f"no job {job_id!r} here; jobs: {', '.join(self._jobs) or 'none'}"
+    async def drain(self, job_id: str, replica_id: str) -> None:
+        """Let this group leave its job at a step boundary. Raises LookupError, or NotDurable: asked all the same."""
+        job = self._job(job_id)
         members = job.members()
         if replica_id not in members:
-            return (
+            raise LookupError(
                 f"no group {replica_id!r} in the quorum of job {job_id!r}; its groups: {', '.join(members) or 'none'}"
             )
         job.receive(DrainGroup(replica_id))
-        return ""
+        await _must_be_durable(job)
 
-    def pardon(self, job_id: str, replica_id: str) -> str:
-        """Let in a group that is held or left out for dying again and again. Returns "" or why there is none."""
+    async def start_new_history(self, job_id: str) -> None:
+        """Give up the state that the members of the job hold. Raises as `drain` does."""
+        job = self._job(job_id)
+        job.receive(StartNewHistory())
+        await _must_be_durable(job)
+
+    def _job(self, job_id: str) -> Job:
         job = self._jobs.get(job_id)
         if job is None:
-            return f"no job {job_id!r} here; jobs: {', '.join(self._jobs) or 'none'}"
+            raise LookupError(f"no job {job_id!r} here; jobs: {', '.join(self._jobs) or 'none'}")
+        return job
+
+    async def pardon(self, job_id: str, replica_id: str) -> None:
+        """Let in a group that is held or left out for dying again and again. Raises LookupError."""
+        job = self._job(job_id)
         held = job.held()
         if replica_id not in held:
-            return f"group {replica_id!r} of job {job_id!r} is not held; held are: {', '.join(held) or 'none'}"
+            raise LookupError(
+                f"group {replica_id!r} of job {job_id!r} is not held; held are: {', '.join(held) or 'none'}"
+            )
         job.receive(AdmitGroup(replica_id))
-        return ""
 
     # ---- links
 
@@ -167,3 +181,8 @@ class Jobs:
             self._job_of.pop(link, None)
             self._server.close_link(link, "the lighthouse met a bug in this job; it starts anew")
         self._bury(job)
+
+
+async def _must_be_durable(job: Job) -> None:
+    if not await job.wait_durable(DURABLE_S):
+        raise NotDurable("asked, but the lighthouse cannot write its journal; its log says why. Ask again then")

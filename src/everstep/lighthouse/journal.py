@@ -82,7 +82,7 @@ class Journal:
     """One job's file. `load` comes first; `append` returns when the record is on disk. One thread at a time."""
 
     def __init__(self, path: Path, job_id: str | None) -> None:
-        self._path = path
+        self.path = path
         self._job_id = job_id  # None: any
         self._fd = -1
         self._bytes = 0
@@ -92,11 +92,11 @@ class Journal:
     def load(self) -> JournalRecord | None:
         """The last record, None for a new job; raises ConfigError, having changed nothing."""
         try:
-            content = self._path.read_bytes()
+            content = self.path.read_bytes()
         except FileNotFoundError:
             return None
         except OSError as error:
-            raise ConfigError(f"journal {self._path} cannot be read: {error.strerror}") from error
+            raise ConfigError(f"journal {self.path} cannot be read: {error.strerror}") from error
         payload, end = self._last_payload(content)
         self.torn_bytes = len(content) - end
         if payload is None:
@@ -106,7 +106,7 @@ class Journal:
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
             raise self._damaged(end, f"undecodable record: {error}") from error
         if self._job_id is not None and record.job_id != self._job_id:
-            raise _misplaced(self._path, record.job_id)
+            raise _misplaced(self.path, record.job_id)
         self._must_rewrite = self.torn_bytes > 0
         self._bytes = len(content)
         return record
@@ -123,7 +123,7 @@ class Journal:
             return
         self._must_rewrite = True
         if self._fd < 0:
-            self._fd = os.open(self._path, os.O_WRONLY | os.O_APPEND)
+            self._fd = os.open(self.path, os.O_WRONLY | os.O_APPEND)
         _write_all(self._fd, frame)
         os.fdatasync(self._fd)
         self._bytes += len(frame)
@@ -138,13 +138,13 @@ class Journal:
         """A new file with this record alone, put in the old one's place."""
         self._must_rewrite = True
         self.close()
-        new = self._path.with_name(self._path.name + ".new")
+        new = self.path.with_name(self.path.name + ".new")
         fd = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND, 0o600)
         try:
             _write_all(fd, _FORMAT + frame)
             os.fsync(fd)
-            os.rename(new, self._path)
-            _sync_directory(self._path.parent)
+            os.rename(new, self.path)
+            _sync_directory(self.path.parent)
         except OSError:
             os.close(fd)
             with contextlib.suppress(OSError):
@@ -160,7 +160,7 @@ class Journal:
             if _FORMAT.startswith(content) or not content.strip(b"\0"):
                 return None, 0  # torn in its first line; nothing was ever sent that rests on it
             raise ConfigError(
-                f"{self._path} is no journal of this release of everstep (its first bytes: {content[:24]!r}): run the "
+                f"{self.path} is no journal of this release of everstep (its first bytes: {content[:24]!r}): run the "
                 "release that wrote it, or move the file away to give up that job's memory"
             )
         payload, at = None, len(_FORMAT)
@@ -186,7 +186,7 @@ class Journal:
 
     def _damaged(self, at: int, what: str) -> ConfigError:
         return ConfigError(
-            f"journal {self._path} is damaged at byte {at} ({what}), which no crash of a lighthouse does. Restore the "
+            f"journal {self.path} is damaged at byte {at} ({what}), which no crash of a lighthouse does. Restore the "
             "file from a copy; or stop the members of the job, move the file away and start the job anew from its "
             "checkpoints"
         )

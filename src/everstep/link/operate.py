@@ -18,16 +18,21 @@ def drain_group(target: LinkTarget, group: str) -> str:
 
     Raises ConfigError (no such job or group), LighthouseRefused (token) and LighthouseUnreachable.
     """
-    return _ask(target, "drain", group)
+    return _ask(target, "drain", group=group)
 
 
 def admit_group(target: LinkTarget, group: str) -> str:
     """Let in a group that is held or left out for dying again and again; as `drain_group` otherwise."""
-    return _ask(target, "admit", group)
+    return _ask(target, "admit", group=group)
 
 
-def _ask(target: LinkTarget, request: str, group: str) -> str:
-    path = f"/api/v1/{request}?{urlencode({'job': target.credentials.job_id, 'group': group})}"
+def start_new_history(target: LinkTarget) -> str:
+    """Give up the state that the members of the target's job hold; as `drain_group` otherwise."""
+    return _ask(target, "new-history")
+
+
+def _ask(target: LinkTarget, request: str, **query: str) -> str:
+    path = f"/api/v1/{request}?{urlencode({'job': target.credentials.job_id, **query})}"
     return asyncio.run(_request(target, "POST", path, "operate"))
 
 
@@ -54,6 +59,8 @@ async def _request(target: LinkTarget, method: str, path: str, scope: str) -> st
         raise LighthouseUnreachable(f"no lighthouse at {target.url}: {why(error)}") from error
     if response.status == 401:
         raise LighthouseRefused(RefusalCode.BAD_TOKEN, text)
+    if response.status == 503:
+        raise LighthouseUnreachable(text)
     if response.status != 200:
         raise ConfigError(text or f"HTTP {response.status}")
     return text

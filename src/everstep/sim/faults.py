@@ -1,4 +1,4 @@
-"""What goes wrong in a schedule: budgets drawn from the seed, and triggers that strike at a named point."""
+"""Does to a world what its budget of faults and its triggers say."""
 
 import dataclasses
 import random
@@ -6,192 +6,13 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from everstep.core.types import natural_key
-from everstep.sim.network import Delays
+from everstep.sim.budgets import RANK_POINTS, Faults, Trigger
 
 if TYPE_CHECKING:
     from everstep.sim.party import Party
     from everstep.sim.world import World
 
-# Points a trigger may name. A member reaches one after it handled what the point is called after; the lighthouse
-# before it handles a message, before it writes ("lighthouse:Persist") and before it sends what stands behind the
-# record that is on disk now ("lighthouse:Persisted").
-MEMBER_POINTS = (
-    "Welcome",
-    "Proposal",
-    "Switch",
-    "Notice",
-    "Grant",
-    "Refused",
-    "Build",
-    "Recover",
-    "Reduce",
-    "BarrierEnded",
-    "StateRecovered",
-    "GradientsReduced",
-    "VoteCast",
-    "VoteEnded",
-    "CollectiveFailed",
-)
-LIGHTHOUSE_POINTS = (
-    "lighthouse:Hello",
-    "lighthouse:Ready",
-    "lighthouse:Adopted",
-    "lighthouse:Failed",
-    "lighthouse:Persist",
-    "lighthouse:Persisted",
-)
-# Reached in groups of several ranks as well: by a follower that heard its leader, or a leader that heard a follower.
-RANK_POINTS = (
-    "View",
-    "Began",
-    "Decided",
-    "Deciding",
-    "Prepare",
-    "Prepared",
-    "MoreReductions",
-    "RankFroze",
-    "RankSettled",
-    "RankRecovered",
-    "RankReduced",
-    "RankReopened",
-    "RankDecides",
-    "Ballot",
-    "RankFailed",
-)
 CRASH_LOOP_S = 3.0
-GROUPS_MANY = 6
-FAULTS_AT_POINTS = ("kill", "kill", "kill_unnoticed", "link", "stall_up", "stall_down", "stop", "lighthouse", "error")
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Trigger:
-    """Strike with `fault` when `by` (any member: None) reaches `point` for the nth time.
-
-    `victim` is a replica_id, "follower of" one, "self" (who reached it) or "other". `seconds` is how long it lasts, or
-    until the restart.
-    """
-
-    point: str
-    fault: str
-    nth: int = 1
-    by: str | None = None
-    victim: str = "self"
-    after_s: float = 0.0
-    seconds: float | None = None
-
-    @staticmethod
-    def drawn(rng: random.Random, more_points: tuple[str, ...] = ()) -> "Trigger":
-        return Trigger(
-            point=rng.choice(MEMBER_POINTS * 2 + LIGHTHOUSE_POINTS + more_points),
-            fault=rng.choice(FAULTS_AT_POINTS),
-            nth=rng.choice((1, 2, 3, 5, 8, 13, 21)),
-            victim=rng.choice(("self", "self", "other")),
-            after_s=rng.choice((0.0, 0.0, 0.0005, 0.002)),
-        )
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Faults:
-    """How many of each fault a schedule has at most; the seed draws instants and victims."""
-
-    kill: int = 0
-    kill_twice: int = 0  # two groups within 2 ms
-    kill_unnoticed: int = 0  # its socket stays open (a forked child holds it): only silence tells
-    link: int = 0
-    stall: int = 0  # a link delivers nothing for longer than the heartbeat timeout: false suspicion
-    stall_up: int = 0  # the same towards the lighthouse only
-    stall_down: int = 0
-    stop: int = 0  # a process is stopped and continued
-    lighthouse: int = 0
-    lighthouse_stop: int = 0  # the lighthouse is stopped and continued
-    veto: int = 0
-    error: int = 0  # a collective fails though nobody died, and may name somebody who is well
-    drain: int = 0
-    leave: int = 0  # a process says Goodbye and exits; nobody starts it again
-    join: int = 0
-    at_points: int = 0  # triggers, drawn
-    hang: int = 0  # a training thread stands still while its link lives
-    drain_group: int = 0  # the operator asks a group to leave
-    broken_path: int = 0  # two groups cannot reach each other for a while; both reach the lighthouse
-    # Of followers, in groups of several ranks; the others strike leaders.
-    rank_kill: int = 0
-    rank_kill_unnoticed: int = 0
-    rank_stop: int = 0
-    rank_stall: int = 0  # its channel to the leader, and back, delivers nothing for a while
-    rank_stall_up: int = 0
-    rank_stall_down: int = 0
-    rank_error: int = 0
-    rank_drain: int = 0
-    rank_hang: int = 0
-    crash_loop: int = 0  # a group dies again and again, soon after each start
-    switch: int = 0  # all links deliver nothing for a while, together
-
-    def with_those_of_ranks(self, rng: random.Random) -> "Faults":
-        """`rng` is a stream of its own."""
-        return dataclasses.replace(
-            self,
-            rank_kill=rng.choice((0, 1, 1, 2)),
-            rank_kill_unnoticed=rng.choice((0, 0, 0, 1)),
-            rank_stop=rng.choice((0, 0, 1, 2)),
-            rank_stall=rng.choice((0, 0, 1)),
-            rank_stall_up=rng.choice((0, 0, 0, 1)),
-            rank_stall_down=rng.choice((0, 0, 0, 1)),
-            rank_error=rng.choice((0, 0, 1, 2)),
-            rank_drain=rng.choice((0, 0, 0, 0, 0, 1)),
-            rank_hang=rng.choice((0, 0, 0, 0, 0, 1)),
-        )
-
-    def with_those_of_many(self, rng: random.Random) -> "Faults":
-        """Only where there are many groups: seeds with few still mean what they meant when they were found."""
-        return dataclasses.replace(self, crash_loop=rng.choice((0,) * 7 + (1,)), switch=rng.choice((0,) * 5 + (1,)))
-
-    @staticmethod
-    def drawn(rng: random.Random) -> "Faults":
-        """The mix of everything that `--seed` runs."""
-        spare = random.Random()
-        spare.setstate(rng.getstate())  # so that older seeds still mean what they meant when they were found
-        return Faults(
-            kill=rng.choice((0, 1, 1, 2, 3)),
-            kill_twice=rng.choice((0, 0, 1)),
-            kill_unnoticed=rng.choice((0, 0, 0, 1)),
-            link=rng.choice((0, 1, 2)),
-            stall=rng.choice((0, 0, 1)),
-            stall_up=rng.choice((0, 0, 1)),
-            stall_down=rng.choice((0, 0, 0, 1)),
-            stop=rng.choice((0, 0, 1)),
-            lighthouse=rng.choice((0, 0, 1, 2)),
-            lighthouse_stop=rng.choice((0, 0, 0, 1)),
-            veto=rng.choice((0, 1, 2)),
-            error=rng.choice((0, 1, 2)),
-            drain=rng.choice((0, 0, 0, 1)),
-            leave=rng.choice((0, 0, 0, 0, 0, 1)),
-            join=rng.choice((0, 0, 1, 2)),
-            at_points=rng.choice((0, 1, 2, 4)),
-            hang=spare.choice((0, 0, 0, 0, 0, 1)),
-            drain_group=spare.choice((0, 0, 0, 0, 0, 0, 1)),
-            broken_path=spare.choice((0, 0, 0, 0, 1, 2)),
-        )
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Climate:
-    """How long things take and how patient the lighthouse is. Messages calm down when the faults end."""
-
-    name: str
-    delays: Delays = dataclasses.field(default_factory=Delays)
-    heartbeat_timeout_s: float = 2.0
-    link_grace_s: float = 0.02
-    patience: float = 1.0  # scales the bound of I7
-
-
-CLIMATES = (
-    Climate(name="lan"),
-    Climate(name="lan"),
-    Climate(name="wan", delays=Delays(message=(0.0005, 0.3)), heartbeat_timeout_s=0.4),
-    Climate(name="hasty", heartbeat_timeout_s=0.08, link_grace_s=0.0),
-    Climate(name="sluggish", delays=Delays(wake=(0.0, 0.2), startup=(0.0, 3.0))),
-    Climate(name="heavy", delays=Delays(compute=(1.0, 20.0), transfer=(0.5, 30.0)), patience=20.0),
-)
 
 
 class Injector:
@@ -203,6 +24,8 @@ class Injector:
         self._faults = faults
         more_points = RANK_POINTS if world.ranks > 1 else ()
         drawn = [Trigger.drawn(self._rng, more_points) for _ in range(faults.at_points)]
+        spare = random.Random(f"sending {world.seed}")  # older seeds still mean what they meant
+        drawn += [Trigger.drawn_of_sends(spare) for _ in range(faults.lighthouse_sending)]
         self._waiting: list[tuple[Trigger, list[int]]] = [(t, [0]) for t in (*triggers, *drawn)]
         self._unstruck = len(triggers)  # of those that were asked for: the faulty part lasts until they struck
         self._vetoes = 0
@@ -223,7 +46,7 @@ class Injector:
         world, calm_at = self._world, self._world.now + (window if self._waiting else 0.0)
         self._vetoes = self._faults.veto
         for kind in (f.name for f in dataclasses.fields(self._faults)):
-            if kind in ("veto", "at_points"):
+            if kind in ("veto", "at_points", "lighthouse_sending"):
                 continue
             for _ in range(getattr(self._faults, kind)):
                 when = world.now + self._rng.uniform(0, window)
@@ -265,7 +88,7 @@ class Injector:
                 victim = self._victim_of(trigger, process)
                 self._strike(trigger.fault, victim, trigger.seconds)
 
-        if trigger.fault == "lighthouse" and trigger.after_s == 0 and process is None:
+        if trigger.fault.startswith("lighthouse") and trigger.after_s == 0 and process is None:
             strike()  # in the middle of what it does, not after it
         else:
             self._world.after(trigger.after_s, strike)
@@ -287,8 +110,8 @@ class Injector:
     # ---- the faults
 
     def _strike(self, kind: str, victim: "Party | None", seconds: float | None) -> None:
-        if kind == "lighthouse":
-            self._lighthouse(seconds)
+        if kind in ("lighthouse", "lighthouse_sending"):
+            self._lighthouse(seconds, arrives=kind == "lighthouse_sending")
         elif kind == "lighthouse_stop":
             self.done.append("lighthouse_stop")
             self._world.lighthouse.stop(self._or(seconds, (0.1, 1.0, 5.0)))
@@ -314,10 +137,10 @@ class Injector:
             self.done.append(f"{kind} {victim.name}")
             act(victim, seconds)
 
-    def _lighthouse(self, seconds: float | None) -> None:
+    def _lighthouse(self, seconds: float | None, *, arrives: bool) -> None:
         if self._world.lighthouse.is_up:
-            self.done.append("lighthouse")
-            self._world.lighthouse.crash()
+            self.done.append("lighthouse_sending" if arrives else "lighthouse")
+            self._world.lighthouse.crash(arrives=arrives)
             self._world.after(self._or(seconds, (0.01, 0.5, 3.0)), self._world.lighthouse.start)
 
     def _kill(self, victim: "Party", seconds: float | None, is_noticed: bool = True) -> None:

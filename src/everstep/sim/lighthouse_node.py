@@ -42,14 +42,18 @@ class LighthouseNode:
         self.machine = self._world.lighthouse_type(self.config, self.disk)
         self._perform(self.machine.start(self._world.now))
 
-    def crash(self) -> None:
+    def crash(self, *, arrives: bool = False) -> None:
+        """`arrives`: what it sent before its death still does, as bytes do that the kernel has taken."""
         self.machine = None
         self._stopped_until = 0.0
         self._queue.clear()
         self._writing = False
         self._tick_at = None
-        for process in list(self._links.values()):
-            process.link_lost("the lighthouse died")
+        for link, process in list(self._links.items()):
+            if arrives:
+                process.link_ends(link, "the lighthouse died")
+            else:
+                process.link_lost("the lighthouse died")
         self._links.clear()
 
     def stop(self, seconds: float) -> None:
@@ -98,13 +102,14 @@ class LighthouseNode:
                         if process is not None:
                             self._world.count_message()
                             process.from_lighthouse(link, message)  # type: ignore[arg-type]
+                            self._world.faults.reached(f"lighthouse:sent:{type(message).__name__}", None)
                 case Persist(record):
                     self._write(record)
                     self._world.faults.reached("lighthouse:Persist", None)
                 case Close(link, reason):
                     process = self._links.pop(link, None)
                     if process is not None:
-                        process.closed_by_lighthouse(link, reason)
+                        process.link_ends(link, reason)
                         self._feed(LinkClosed(link, reason))
                 case Publish(event):
                     self.events.append(event, self._world.now)

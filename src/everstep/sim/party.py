@@ -90,15 +90,11 @@ class Party:
             delay = reconnect_after if reconnect_after is not None else self._world.rng.uniform(0.005, 0.1)
             self._world.after(delay, self.connect)
 
-    def closed_by_lighthouse(self, link: int, detail: str) -> None:
-        """What was sent on it before arrives first: a refusal, say."""
-
-        def close() -> None:
-            if link == self._link:
-                self.link_lost(detail)
-
-        if link == self._link and self._down is not None:
-            self._down.send(close)
+    def link_ends(self, link: int, detail: str) -> None:
+        """The other side is gone; what it had sent arrives first."""
+        if link == self._link and self._up is not None and self._down is not None:
+            self._up.is_open = False
+            self._down.send(lambda: self.link_lost(detail, is_noticed=False) if link == self._link else None)
 
     def stall_link(self, seconds: float, *, up: bool = True, down: bool = True) -> None:
         for channel, is_stalled in ((self._up, up), (self._down, down)):

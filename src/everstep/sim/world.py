@@ -12,8 +12,9 @@ from everstep.core.messages import Cause, Log
 from everstep.core.moves import ReplicaConfig
 from everstep.core.replica import Replica
 from everstep.core.types import MemberId, QuorumId
+from everstep.sim.budgets import CLIMATES, GROUPS_MANY, Climate, Faults, Trigger
 from everstep.sim.checkers import Checkers, Violation, Weights
-from everstep.sim.faults import CLIMATES, GROUPS_MANY, Climate, Faults, Injector, Trigger
+from everstep.sim.faults import Injector
 from everstep.sim.lighthouse_node import LighthouseNode
 from everstep.sim.network import Channel, Clock, Collectives, Delays
 from everstep.sim.party import Party
