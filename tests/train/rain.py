@@ -1,0 +1,286 @@
+"""A job under a rain of seeded faults: kills, stops, drains, joins, and a lighthouse that dies and comes back.
+
+    python -m tests.train.rain FOLDER --seed 7 --faults 200 --seconds 300
+
+Leaves in FOLDER what tests/checkers reads. The seed fixes what happens when; whom it meets also depends on who is
+there at that moment. There is always a healthy member left that holds the state.
+"""
+
+import argparse
+import dataclasses
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from everstep.errors import EverstepError
+from everstep.link.operate import drain_group
+from everstep.subscribe import target
+from tests.train.job import Job, Running
+from tests.train.recording import HistoryFile
+
+# How often each kind is drawn.
+KINDS = {"kill": 7, "double kill": 2, "stop": 4, "SIGTERM": 2, "operator's drain": 1, "join": 2, "lighthouse": 3}
+HEALTHY_AFTER_S = 0.5  # of commits without an interruption by us
+STOP_S = (0.05, 2.0)
+RETURN_S = (0.05, 1.5)
+OUTAGE_S = (0.0, 1.5)
+HEARTBEAT_TIMEOUT_S = 1.0
+PROGRESS_S = 30.0  # within it the job commits another step, whatever rains
+PACE_S = 0.01
+
+
+@dataclasses.dataclass
+class Standing:
+    """What the rain knows of one start of a group."""
+
+    running: Running
+    healthy_since: float | None = None  # it commits, and we did nothing to it
+    stopped_until: float | None = None
+    is_leaving: bool = False  # was asked to, and may be away at any moment
+    was_asked: bool = False
+    seen: int = 0  # of its steps
+
+
+class Rain(Job):
+    """`with Rain(folder, seed) as job: job.pour(faults, seconds); job.clear_up()`."""
+
+    def __init__(self, folder: Path, seed: int, groups: int = 4) -> None:
+        super().__init__(groups)
+        self._folder = folder
+        self._random = random.Random(seed)
+        self._faults = HistoryFile(folder / "faults.jsonl")
+        (folder / "histories").mkdir()
+        self._standing: dict[int, Standing] = {}
+        self._returns: dict[int, float] = {}  # when an absent group is started again
+        self._lighthouse: subprocess.Popen[str] | None = None
+        self._lighthouse_back_at: float | None = None
+        self._drained: list[Standing] = []  # by the operator, since the lighthouse was started
+        self._lives = 0
+        self._step = 0
+        self._step_at = time.monotonic()
+        self.done: dict[str, int] = dict.fromkeys(KINDS, 0)
+
+    def __enter__(self) -> "Rain":
+        super().__enter__()
+        return self
+
+    def __exit__(self, *details: object) -> None:
+        super().__exit__(*details)
+        self._faults.close()
+        if self._lighthouse is not None:
+            self._kill_lighthouse()
+
+    # ---- the lighthouse is a process
+
+    def open_lighthouse(self) -> str:
+        command = [sys.executable, "-m", "everstep.cli", "lighthouse", "--log-format", "json"]
+        command += ["--heartbeat-timeout", str(HEARTBEAT_TIMEOUT_S), "--state-dir", str(self._folder / "state")]
+        command += ["--port", self.address.rpartition(":")[2] or "0"]
+        with (self._folder / f"lighthouse{self._lives:03}.log").open("wb") as log:
+            self._lighthouse = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True)
+        self._lives += 1
+        self._lighthouse_back_at = None
+        if self.address:
+            return self.address
+        assert self._lighthouse.stdout is not None
+        return self._lighthouse.stdout.readline().rpartition(" ")[2].strip()
+
+    def _kill_lighthouse(self) -> None:
+        assert self._lighthouse is not None
+        assert self._lighthouse.stdout is not None
+        self._lighthouse.kill()
+        self._lighthouse.wait(10)
+        self._lighthouse.stdout.close()
+        self._lighthouse = None
+
+    # ---- groups
+
+    def _launch(self, group: int) -> None:
+        self._returns.pop(group, None)
+        number = len(self.all)
+        running = self.start(
+            group,
+            seed=10 * number,
+            history=str(self._folder / "histories" / f"{number:04}-group{group}.jsonl"),
+            pace_s=PACE_S,
+            is_rich=True,
+            options={"connect_timeout_s": 60.0},
+        )
+        self._standing[group] = Standing(running)
+
+    def _look(self) -> None:
+        """Take in what the groups reported, and do what is due."""
+        now = time.monotonic()
+        for group, standing in list(self._standing.items()):
+            running = standing.running
+            if running.has_ended:
+                running.process.join(10)
+                del self._standing[group]
+                if standing.was_asked or running.process.exitcode == -signal.SIGKILL:
+                    self._returns.setdefault(group, now + self._random.uniform(*RETURN_S))
+                else:
+                    raise AssertionError(f"group {group} ended by itself: {running.error}\n{self.describe()}")
+                continue
+            if standing.stopped_until is not None and now >= standing.stopped_until:
+                standing.stopped_until = None
+                _signal(running, signal.SIGCONT)
+            if len(running.steps) > standing.seen:
+                standing.seen = len(running.steps)
+                if standing.stopped_until is None and standing.healthy_since is None and not standing.is_leaving:
+                    standing.healthy_since = now
+            if running.step > self._step:
+                self._step, self._step_at = running.step, now
+            if running.logs and running.logs[-1].startswith(("evicted", "refused")):
+                standing.healthy_since = None
+        for group in [group for group, at in self._returns.items() if now >= at and group not in self._standing]:
+            self._launch(group)
+        if self._lighthouse is not None and self._lighthouse.poll() is not None:
+            raise AssertionError(f"the lighthouse ended by itself with {self._lighthouse.returncode}")
+        if self._lighthouse_back_at is not None and now >= self._lighthouse_back_at:
+            self.open_lighthouse()
+        if now - self._step_at > PROGRESS_S:
+            raise AssertionError(f"I7 no step in {PROGRESS_S:g} s\n{self.describe()}")
+
+    def _wait(self, until: Callable[[], bool], deadline_s: float, what: str) -> None:
+        """Like `until`, but goes on looking while nothing is reported."""
+        deadline = time.monotonic() + deadline_s
+        while not until():
+            if time.monotonic() > deadline:
+                raise AssertionError(f"{what}: not within {deadline_s:g} s\n{self.describe()}")
+            self.hear(0.02)
+            self._look()
+
+    # ---- faults
+
+    def pour(self, faults: int, seconds: float) -> None:
+        self.begun_at = time.monotonic()
+        for group in range(self.groups):
+            self._launch(group)
+        self._wait(lambda: len(self._healthy()) == self.groups, 60.0, "all train")
+        start = time.monotonic()
+        instants = sorted(self._random.uniform(0.0, seconds) for _ in range(faults))
+        for instant in instants:
+            self._wait(lambda at=start + instant: time.monotonic() >= at, seconds + 60.0, "the next fault's instant")  # type: ignore[misc]
+            kinds = self._random.choices(list(KINDS), list(KINDS.values()), k=50)
+            self._wait(lambda kinds=kinds: any(self._strike(kind) for kind in kinds), PROGRESS_S, "a fault is possible")  # type: ignore[misc]
+
+    def _healthy(self) -> list[int]:
+        """Groups that train, and that we have left alone for a while."""
+        now = time.monotonic()
+        return [
+            group
+            for group, standing in sorted(self._standing.items())
+            if standing.healthy_since is not None
+            and now - standing.healthy_since > HEALTHY_AFTER_S
+            and standing.running.step >= self._step - 2
+            and not standing.running.has_ended
+        ]
+
+    def _strike(self, kind: str) -> bool:
+        """Do it if it is possible now."""
+        healthy = self._healthy()
+        needed = {"double kill": 3, "lighthouse": 1, "join": 0}.get(kind, 2)
+        if len(healthy) < needed:
+            return False
+        victims = self._random.sample(healthy, k={"double kill": 2, "lighthouse": 0, "join": 0}.get(kind, 1))
+        standings = [self._standing[victim] for victim in victims]
+        members = [_member(standing.running) for standing in standings]
+        match kind:
+            case "kill" | "double kill":
+                for standing in standings:
+                    _signal(standing.running, signal.SIGKILL)
+            case "stop":
+                _signal(standings[0].running, signal.SIGSTOP)
+                standings[0].stopped_until = time.monotonic() + self._random.uniform(*STOP_S)
+            case "SIGTERM":
+                _signal(standings[0].running, signal.SIGTERM)
+                standings[0].is_leaving = standings[0].was_asked = True
+            case "operator's drain":
+                if self._lighthouse is None or not self._drain(victims[0]):
+                    return False
+                standings[0].is_leaving = standings[0].was_asked = True
+                self._drained.append(standings[0])
+            case "join":
+                return self._join()
+            case "lighthouse":
+                if self._lighthouse is None:
+                    return False
+                self._kill_lighthouse()
+                for standing in self._drained:  # what the operator asked may be forgotten with it
+                    standing.is_leaving = False
+                self._drained.clear()
+                self._lighthouse_back_at = time.monotonic() + self._random.uniform(*OUTAGE_S)
+        for standing in standings:
+            standing.healthy_since = None
+        self._note(kind, members)
+        return True
+
+    def _join(self) -> bool:
+        """A group that is away, at once; else one more than the job was begun with."""
+        absent = [group for group in range(self.groups + 1) if group not in self._standing]
+        if not absent:
+            return False
+        self._launch(self._random.choice(absent))
+        self._note("join", [])
+        return True
+
+    def _drain(self, group: int) -> bool:
+        try:
+            drain_group(target(lighthouse=self.address, connect_timeout_s=2.0), str(group))
+        except EverstepError:
+            return False  # the lighthouse has just been started, or does not know it yet
+        return True
+
+    def _note(self, kind: str, members: list[str]) -> None:
+        self.done[kind] += 1
+        self._faults.write({"kind": kind, "members": members, "step": self._step, "at": time.monotonic()})
+
+    def clear_up(self) -> None:
+        """No more faults: all groups train together again, and end."""
+        self._wait(self._is_whole, 60.0, "all are back")
+        last = [standing.running for standing in self._standing.values()]
+        self._wait(lambda: all(r.participants == len(last) for r in last), 60.0, "all train together")
+        self.stop(last)
+
+    def _is_whole(self) -> bool:
+        is_complete = len(self._standing) >= self.groups and not self._returns
+        return self._lighthouse is not None and is_complete and len(self._healthy()) == len(self._standing)
+
+
+def _member(running: Running) -> str:
+    return str(running.steps[-1]["member"])
+
+
+def _signal(running: Running, number: int) -> None:
+    pid = running.process.pid
+    assert pid is not None
+    if running.process.is_alive():
+        os.kill(pid, number)
+
+
+def rain(folder: Path, seed: int, faults: int, seconds: float) -> dict[str, int]:
+    """Returns how many of each kind were made. Raises AssertionError when the job does not go on."""
+    with Rain(folder, seed) as job:
+        job.pour(faults, seconds)
+        job.clear_up()
+        return job.done
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--faults", type=int, default=200)
+    parser.add_argument("--seconds", type=float, default=300.0)
+    options = parser.parse_args()
+    options.folder.mkdir()
+    print(rain(options.folder, options.seed, options.faults, options.seconds))
+
+
+if __name__ == "__main__":
+    main()
