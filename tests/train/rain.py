@@ -31,6 +31,7 @@ RETURN_S = (0.05, 1.5)
 OUTAGE_S = (0.0, 1.5)
 HEARTBEAT_TIMEOUT_S = 1.0
 PROGRESS_S = 30.0  # within it the job commits another step, whatever rains
+PATIENCE_S = 5.0  # until a kind that is not possible is given up for another
 PACE_S = 0.01
 
 
@@ -152,22 +153,32 @@ class Rain(Job):
         while not until():
             if time.monotonic() > deadline:
                 raise AssertionError(f"{what}: not within {deadline_s:g} s\n{self.describe()}")
-            self.hear(0.02)
-            self._look()
+            self._hear()
+
+    def _hear(self) -> None:
+        self.hear(0.02)
+        self._look()
 
     # ---- faults
 
     def pour(self, faults: int, seconds: float) -> None:
-        self.begun_at = time.monotonic()
         for group in range(self.groups):
             self._launch(group)
         self._wait(lambda: len(self._healthy()) == self.groups, 60.0, "all train")
         start = time.monotonic()
         instants = sorted(self._random.uniform(0.0, seconds) for _ in range(faults))
         for instant in instants:
-            self._wait(lambda at=start + instant: time.monotonic() >= at, seconds + 60.0, "the next fault's instant")  # type: ignore[misc]
-            kinds = self._random.choices(list(KINDS), list(KINDS.values()), k=50)
-            self._wait(lambda kinds=kinds: any(self._strike(kind) for kind in kinds), PROGRESS_S, "a fault is possible")  # type: ignore[misc]
+            self._wait_until(start + instant)
+            first, *others = self._random.choices(list(KINDS), list(KINDS.values()), k=50)
+            patient_until = time.monotonic() + PATIENCE_S
+            while not self._strike(first):
+                if time.monotonic() > patient_until and any(self._strike(kind) for kind in others):
+                    break
+                self._hear()
+
+    def _wait_until(self, instant: float) -> None:
+        while time.monotonic() < instant:
+            self._hear()
 
     def _healthy(self) -> list[int]:
         """Groups that train, and that we have left alone for a while."""

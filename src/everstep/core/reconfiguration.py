@@ -155,8 +155,7 @@ class Reconfigurer:
             state.suspects[member] = cause
             if was_told:
                 continue
-            fields: dict[str, object] = {"member": str(member), "cause": cause.value}
-            out.append(Log("member suspected", fields))
+            out.append(Log("member suspected", {"member": str(member), "cause": cause.value, "detail": why}))
             failed = EventKind.MEMBER_FAILED
             out.append(of_member(failed, member, quorum=state.current, cause=cause, evidence=why))
         state.round.missing = waiting_on
