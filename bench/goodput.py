@@ -4,7 +4,8 @@
 
 First all groups train undisturbed, then one is killed (SIGKILL) at each instant, and started again at once. Every
 forward pass sleeps for --compute-ms: it stands for an accelerator, so that a group that starts, which takes seconds of
-a core, slows the others no more than it would on a machine of its own.
+a core, slows the others no more than it would on a machine of its own. While half of the groups or more are
+away, the next kill is postponed, and counted as such: groups come back too slowly then for such a rhythm.
 
     lost      steps that a live group computed and that did not commit
     rate      committed steps a second and live group: the commits of all groups, over the seconds in which each lived;
@@ -12,12 +13,15 @@ a core, slows the others no more than it would on a machine of its own.
               the others wait for it is
     goodput   the rate under kills, over the undisturbed rate of the same run
     job       the same for the steps of the job, whoever lived: from first to last, over the wall time
+    per kill  milliseconds that the step with the kill took longer than an undisturbed one, and the steps until the next
+              kill together, in which the group came back
 
 The exit code is 1 for a lost step, or for a goodput below 0.95.
 """
 
 import argparse
 import datetime
+import itertools
 import json
 import os
 import platform
@@ -56,17 +60,20 @@ def run(minutes: float, every_s: float, groups: int, seed: int, compute_s: float
         begun_at = time.monotonic()
         kills = round(minutes * 60 / every_s)
         late = 0
-        for number in range(kills):
-            job.pause(max(0.0, begun_at + number * every_s - time.monotonic()))
-            live = [group for group in job.groups.values() if group.commits]
-            late += len(live) < groups
-            victim = job.rng.choice(live)
-            died_at[job.started.index(victim)] = time.monotonic()
+        kill_at = begun_at
+        for _ in range(kills):
+            job.pause(max(0.0, kill_at - time.monotonic()))
+            job.until(lambda: len(live(job)) > groups // 2, "more than half of the groups are back")
+            late += time.monotonic() > kill_at + every_s / 10
+            victim = job.rng.choice(live(job))
+            kill_at = time.monotonic()
+            died_at[job.started.index(victim)] = kill_at
+            kill_at += every_s
             del job.groups[victim.number]
             victim.process.kill()
             victim.process.wait()
             job.start(victim.number)
-        under = (begun_at, begun_at + kills * every_s)
+        under = (begun_at, kill_at)
         job.pause(max(0.0, under[1] - time.monotonic()))
         lives = [(group, died_at.get(index, under[1])) for index, group in enumerate(job.started)]
         quiet, hurt = rate(lives, before), rate(lives, under)
@@ -78,7 +85,7 @@ def run(minutes: float, every_s: float, groups: int, seed: int, compute_s: float
             "groups": groups,
             "compute_s": compute_s,
             "kills": kills,
-            "killed_while_another_was_away": late,
+            "postponed": late,
             "lost": job.lost,
             "lost_undisturbed": undisturbed_lost,
             "why_lost": job.why_lost,
@@ -87,7 +94,12 @@ def run(minutes: float, every_s: float, groups: int, seed: int, compute_s: float
             "job_rate": [round(quiet_job, 4), round(hurt_job, 4)],
             "job": round(hurt_job / quiet_job, 4),
             "rejoin_s": spread(returns),
+            "kill_cost_ms": costs(lives, 1.0 / quiet_job, under, sorted(died_at.values())),
         }
+
+
+def live(job: Campaign) -> list[Group]:
+    return [group for group in job.groups.values() if group.commits]
 
 
 def rate(lives: list[tuple[Group, float]], window: tuple[float, float]) -> float:
@@ -115,6 +127,25 @@ def _steps_in(group: Group, window: tuple[float, float]) -> Iterator[int]:
             yield report["step"]
 
 
+def costs(
+    lives: list[tuple[Group, float]], step_s: float, window: tuple[float, float], kills: list[float]
+) -> dict[str, list[float]]:
+    """Of the step with the kill, and of those after it; by when the job's first member committed each step."""
+    firsts: dict[int, float] = {}
+    for group, _ in lives:
+        for report in group.commits:
+            firsts[report["step"]] = min(report["at"], firsts.get(report["step"], report["at"]))
+    instants = [firsts[step] for step in sorted(firsts)]
+    in_step, after = [], []
+    for kill, until in itertools.pairwise([*kills, window[1]]):
+        extra = [(end - start - step_s) * 1e3 for start, end in itertools.pairwise(instants) if kill < end <= until]
+        if not extra:
+            continue
+        in_step.append(extra[0])
+        after.append(sum(extra[1:]))
+    return {"in its step": spread(in_step), "after it": spread(after)}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=3.0)
@@ -130,11 +161,13 @@ def main() -> None:
     else:
         print(f"{datetime.date.today()}, {platform.machine()}, {os.cpu_count()} cores; {' '.join(sys.argv)}")
         print(
-            f"{result['kills']} kills, one every {options.every:g} s, of {options.groups} groups; "
-            f"lost {result['lost']} steps; back after {result['rejoin_s']} s (min, median, max)"
+            f"{result['kills']} kills, one every {options.every:g} s, {result['postponed']} postponed; {options.groups} "
+            f"groups; lost {result['lost']} steps; back after {result['rejoin_s']} s (min, median, max)"
         )
         print(f"steps a second and live group: {result['rate'][0]} undisturbed, {result['rate'][1]} under kills")
         print(f"goodput {result['goodput']:.1%} per live group, {result['job']:.1%} of the job's steps")
+        for what, cost in result["kill_cost_ms"].items():
+            print(f"a kill cost {cost} ms {what} (min, median, max)")
         for why in result["why_lost"]:
             print(f"    {why}")
     sys.exit(result["lost"] > 0 or result["goodput"] < GOODPUT_MIN)

@@ -10,6 +10,7 @@ import argparse
 import dataclasses
 import os
 import random
+import select
 import signal
 import subprocess
 import sys
@@ -45,6 +46,19 @@ class Standing:
     is_leaving: bool = False  # was asked to, and may be away at any moment
     was_asked: bool = False
     seen: int = 0  # of its steps
+    evictions: int = 0
+
+    def look(self, now: float) -> None:
+        evictions = sum(line.startswith("evicted") for line in self.running.logs)
+        if evictions > self.evictions:
+            self.evictions, self.healthy_since = evictions, None
+        if self.stopped_until is not None and now >= self.stopped_until:
+            self.stopped_until = None
+            signal_to(self.running, signal.SIGCONT)
+        if len(self.running.steps) > self.seen:
+            self.seen = len(self.running.steps)
+            if self.stopped_until is None and self.healthy_since is None and not self.is_leaving:
+                self.healthy_since = now
 
 
 class Rain(Job):
@@ -60,6 +74,7 @@ class Rain(Job):
         self._returns: dict[int, float] = {}  # when an absent group is started again
         self._lighthouse: subprocess.Popen[str] | None = None
         self._lighthouse_back_at: float | None = None
+        self._is_serving = False
         self._drained: list[Standing] = []  # by the operator, since the lighthouse was started
         self._lives = 0
         self._step = 0
@@ -85,7 +100,7 @@ class Rain(Job):
         with (self._folder / f"lighthouse{self._lives:03}.log").open("wb") as log:
             self._lighthouse = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True)
         self._lives += 1
-        self._lighthouse_back_at = None
+        self._lighthouse_back_at, self._is_serving = None, False
         if self.address:
             return self.address
         assert self._lighthouse.stdout is not None
@@ -118,34 +133,37 @@ class Rain(Job):
         """Take in what the groups reported, and do what is due."""
         now = time.monotonic()
         for group, standing in list(self._standing.items()):
-            running = standing.running
-            if running.has_ended:
-                running.process.join(10)
-                del self._standing[group]
-                if standing.was_asked or running.process.exitcode == -signal.SIGKILL:
-                    self._returns.setdefault(group, now + self._random.uniform(*RETURN_S))
-                else:
-                    raise AssertionError(f"group {group} ended by itself: {running.error}\n{self.describe()}")
-                continue
-            if standing.stopped_until is not None and now >= standing.stopped_until:
-                standing.stopped_until = None
-                _signal(running, signal.SIGCONT)
-            if len(running.steps) > standing.seen:
-                standing.seen = len(running.steps)
-                if standing.stopped_until is None and standing.healthy_since is None and not standing.is_leaving:
-                    standing.healthy_since = now
-            if running.step > self._step:
-                self._step, self._step_at = running.step, now
-            if running.logs and running.logs[-1].startswith(("evicted", "refused")):
-                standing.healthy_since = None
+            if standing.running.has_ended:
+                self._bury(group, now)
+            else:
+                standing.look(now)
+                if standing.running.step > self._step:
+                    self._step, self._step_at = standing.running.step, now
         for group in [group for group, at in self._returns.items() if now >= at and group not in self._standing]:
             self._launch(group)
-        if self._lighthouse is not None and self._lighthouse.poll() is not None:
-            raise AssertionError(f"the lighthouse ended by itself with {self._lighthouse.returncode}")
-        if self._lighthouse_back_at is not None and now >= self._lighthouse_back_at:
-            self.open_lighthouse()
+        self._look_at_lighthouse(now)
         if now - self._step_at > PROGRESS_S:
             raise AssertionError(f"I7 no step in {PROGRESS_S:g} s\n{self.describe()}")
+
+    def _bury(self, group: int, now: float) -> None:
+        standing = self._standing.pop(group)
+        process = standing.running.process
+        process.join(10)
+        if process.exitcode != -signal.SIGKILL and not (standing.was_asked and process.exitcode == 0):
+            raise AssertionError(f"group {group} ended by itself: {standing.running.error}\n{self.describe()}")
+        self._returns.setdefault(group, now + self._random.uniform(*RETURN_S))
+
+    def _look_at_lighthouse(self, now: float) -> None:
+        if self._lighthouse is None:
+            self._step_at = now  # without it no failure is resolved
+            if self._lighthouse_back_at is not None and now >= self._lighthouse_back_at:
+                self.open_lighthouse()
+        elif self._lighthouse.poll() is not None:
+            raise AssertionError(f"the lighthouse ended by itself with {self._lighthouse.returncode}")
+        elif not self._is_serving:
+            assert self._lighthouse.stdout is not None
+            if select.select([self._lighthouse.stdout], [], [], 0.0)[0]:
+                self._is_serving, self._step_at = True, now
 
     def _wait(self, until: Callable[[], bool], deadline_s: float, what: str) -> None:
         """Like `until`, but goes on looking while nothing is reported."""
@@ -204,12 +222,12 @@ class Rain(Job):
         match kind:
             case "kill" | "double kill":
                 for standing in standings:
-                    _signal(standing.running, signal.SIGKILL)
+                    signal_to(standing.running, signal.SIGKILL)
             case "stop":
-                _signal(standings[0].running, signal.SIGSTOP)
+                signal_to(standings[0].running, signal.SIGSTOP)
                 standings[0].stopped_until = time.monotonic() + self._random.uniform(*STOP_S)
             case "SIGTERM":
-                _signal(standings[0].running, signal.SIGTERM)
+                signal_to(standings[0].running, signal.SIGTERM)
                 standings[0].is_leaving = standings[0].was_asked = True
             case "operator's drain":
                 if self._lighthouse is None or not self._drain(victims[0]):
@@ -219,7 +237,7 @@ class Rain(Job):
             case "join":
                 return self._join()
             case "lighthouse":
-                if self._lighthouse is None:
+                if self._lighthouse is None or not self._is_serving:
                     return False
                 self._kill_lighthouse()
                 for standing in self._drained:  # what the operator asked may be forgotten with it
@@ -267,7 +285,7 @@ def _member(running: Running) -> str:
     return str(running.steps[-1]["member"])
 
 
-def _signal(running: Running, number: int) -> None:
+def signal_to(running: Running, number: int) -> None:
     pid = running.process.pid
     assert pid is not None
     if running.process.is_alive():

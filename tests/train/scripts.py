@@ -169,7 +169,8 @@ class Reports(logging.Handler):
         self._report = report
 
     def emit(self, record: logging.LogRecord) -> None:
-        self._report({"event": "log", "text": record.getMessage().partition("] ")[2]})
+        text = record.getMessage()  # the link's lines have no such beginning
+        self._report({"event": "log", "text": text.partition("] ")[2] or text})
 
 
 class Worker:
