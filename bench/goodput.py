@@ -160,10 +160,8 @@ def main() -> None:
         print(json.dumps({"benchmark": "goodput", **result}))
     else:
         print(f"{datetime.date.today()}, {platform.machine()}, {os.cpu_count()} cores; {' '.join(sys.argv)}")
-        print(
-            f"{result['kills']} kills, one every {options.every:g} s, {result['postponed']} postponed; "
-            f"{options.groups} groups; lost {result['lost']} steps; back after {result['rejoin_s']} s (min, median, max)"
-        )
+        print(f"{result['kills']} kills, one every {options.every:g} s, {result['postponed']} postponed")
+        print(f"lost {result['lost']} steps; {options.groups} groups, back after {result['rejoin_s']} s")
         print(f"steps a second and live group: {result['rate'][0]} undisturbed, {result['rate'][1]} under kills")
         print(f"goodput {result['goodput']:.1%} per live group, {result['job']:.1%} of the job's steps")
         for what, cost in result["kill_cost_ms"].items():
