@@ -104,7 +104,9 @@ class Rain(Job):
         if self.address:
             return self.address
         assert self._lighthouse.stdout is not None
-        return self._lighthouse.stdout.readline().rpartition(" ")[2].strip()
+        address = self._lighthouse.stdout.readline().rpartition(" ")[2].strip()
+        self._is_serving = True
+        return address
 
     def _kill_lighthouse(self) -> None:
         assert self._lighthouse is not None
