@@ -27,6 +27,7 @@ from tests.train.recording import HistoryFile
 # How often each kind is drawn.
 KINDS = {"kill": 7, "double kill": 2, "stop": 4, "SIGTERM": 2, "operator's drain": 1, "join": 2, "lighthouse": 3}
 HEALTHY_AFTER_S = 0.5  # of commits without an interruption by us
+STEPS_MIN = 15  # of a process before it is hurt: one that always dies earlier is in a crash loop
 STOP_S = (0.05, 2.0)
 RETURN_S = (0.05, 1.5)
 OUTAGE_S = (0.0, 1.5)
@@ -209,6 +210,7 @@ class Rain(Job):
             if standing.healthy_since is not None
             and now - standing.healthy_since > HEALTHY_AFTER_S
             and standing.running.step >= self._step - 2
+            and len(standing.running.steps) >= STEPS_MIN
             and not standing.running.has_ended
         ]
 
