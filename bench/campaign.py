@@ -75,7 +75,7 @@ class Campaign:
         self._settings = lighthouse
         self._selector = selectors.DefaultSelector()
         self.stack = contextlib.ExitStack()
-        self._all: list[Group] = []
+        self.started: list[Group] = []
         self.folder = Path()
         self.environment: dict[str, str] = {}
         self.on_wait: Callable[[], None] = lambda: None
@@ -99,7 +99,7 @@ class Campaign:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for group in self._all:
+        for group in self.started:
             if group.process.poll() is None:
                 group.process.send_signal(signal.SIGKILL)
             group.process.wait()
@@ -115,7 +115,7 @@ class Campaign:
         return self.stack.enter_context(Lighthouse.in_thread(settings)).address
 
     def start(self, number: int) -> Group:
-        log = self.folder / f"group{number}-{len(self._all)}.log"
+        log = self.folder / f"group{number}-{len(self.started)}.log"
         with log.open("wb") as file:
             process = subprocess.Popen(
                 self.command_of(number),
@@ -128,7 +128,7 @@ class Campaign:
         assert process.stdout is not None
         os.set_blocking(process.stdout.fileno(), False)
         self._selector.register(process.stdout, selectors.EVENT_READ, group)
-        self._all.append(group)
+        self.started.append(group)
         return group
 
     def command_of(self, _number: int) -> list[str]:

@@ -3,8 +3,12 @@
 Every line has `at`, the monotonic clock, which all processes of a host share. Reports: each step, and each change of
 the member's machine (notice, granted, settled, ...). Standard input takes `die POINT STEP` (SIGKILL itself there),
 `hang STEP` (its training thread stands still after that step); at its end the process ends.
+
+`--compute-s` makes every forward pass sleep so long, on a smaller model: that stands for an accelerator, so that the
+groups do not share what they compute with.
 """
 
+import argparse
 import json
 import logging
 import os
@@ -86,15 +90,20 @@ def watch_operations(manager: es.Manager, orders: Orders) -> None:
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--compute-s", type=float, default=0.0)
+    compute_s = parser.parse_args().compute_s
     torch.set_num_threads(1)
     logger = logging.getLogger("everstep")
     logger.setLevel(logging.INFO)
     logger.addHandler(Changes())
     orders = Orders()
-    config = GPTConfig()
+    config = GPTConfig(context=16, layers=1, width=32) if compute_s else GPTConfig()
     dataset = Windows(standard_library_text(), config.context)
     net = GPT(config)
     next(iter(net.children())).register_forward_hook(lambda *_: orders.strike("forward"))
+    if compute_s:
+        net.register_forward_pre_hook(lambda *_: time.sleep(compute_s))
     next(net.parameters()).register_hook(lambda _: orders.strike("backward"))  # type: ignore[no-untyped-call]
     with es.Manager() as manager:
         watch_operations(manager, orders)

@@ -14,7 +14,7 @@ ROOT = Path(__file__).parent.parent
 DEADLINE_S = 120.0
 
 
-def run(*command: str) -> dict[str, Any]:
+def run(*command: str, deadline_s: float = DEADLINE_S) -> dict[str, Any]:
     environment = os.environ | {"TORCH_CPP_LOG_LEVEL": "ERROR"}
     done = subprocess.run(
         [sys.executable, *command, "--json"],
@@ -22,7 +22,7 @@ def run(*command: str) -> dict[str, Any]:
         env=environment,
         capture_output=True,
         text=True,
-        timeout=DEADLINE_S,
+        timeout=deadline_s,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
@@ -75,6 +75,13 @@ def test_a_short_soak_reports_every_figure() -> None:
     assert [row["what"] for row in result["rows"]] == ["rss_mib", "fds", "threads"] * 2
     assert (result["lost"], result["why_lost"]) == (0, [])
     assert result["kills"] >= 1
+
+
+@pytest.mark.soak
+def test_a_kill_every_ten_seconds_costs_no_computed_step_and_less_than_a_twentieth_of_the_rate() -> None:
+    found = run("bench/goodput.py", deadline_s=600.0)
+    assert (found["kills"], found["lost"], found["why_lost"]) == (18, 0, [])
+    assert found["goodput"] >= 0.95
 
 
 @pytest.mark.soak

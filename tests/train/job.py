@@ -13,18 +13,20 @@ from typing import Any
 
 import everstep as es
 from everstep.config import LighthouseSettings
-from everstep.core.events import JobEvent
+from everstep.core.events import EventKind, JobEvent
 from everstep.lighthouse.app import Lighthouse
 from everstep.link.auth import Credentials
 from everstep.link.dial import LinkTarget
 from everstep.link.operate import job_status
+from tests.checkers.history import Failure, History, violations
 from tests.train.namespaces import Hosts, inside
 from tests.train.scripts import Plan, train
 
 DEADLINE_S = 60.0
+BACKLOG_MAX = 10_000
 
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["tests.train.scripts"])
+_context.set_forkserver_preload(["tests.train.preloaded"])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,6 +44,7 @@ class Running:
     plan: Plan
     process: ForkServerProcess
     pipe: Connection
+    records: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     steps: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     logs: list[str] = dataclasses.field(default_factory=list)
     is_holding: bool = False
@@ -56,6 +59,10 @@ class Running:
     @property
     def participants(self) -> int:
         return int(self.steps[-1]["participants"]) if self.steps else 0
+
+    @property
+    def history(self) -> History:
+        return History(self.plan.name or str(self.plan.group), self.plan.number, self.records)
 
     def granted(self) -> list[str]:
         """Actions of the grants it took, in order."""
@@ -81,8 +88,7 @@ class Job:
 
     def __enter__(self) -> "Job":
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # for the children: torch's own warnings
-        with self._at_the_lighthouse():
-            self.address = self._stack.enter_context(Lighthouse.in_thread(self._settings)).address
+        self.address = self.open_lighthouse()
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -93,12 +99,22 @@ class Job:
             running.pipe.close()
         self._stack.close()
 
+    def open_lighthouse(self) -> str:
+        with self._at_the_lighthouse():
+            return self._stack.enter_context(Lighthouse.in_thread(self._settings)).address
+
     def start(self, group: int, **plan: Any) -> Running:
         ours, theirs = _context.Pipe()
         if self._network is not None:
             plan["namespace"] = self._network.hosts.file(str(group))
             plan["options"] = {"token_file": str(self._network.token_file), **plan.get("options", {})}
-        made = Plan(**{"group": group, "groups": self.groups, "lighthouse": self.address, **plan})
+        place: dict[str, Any] = {
+            "group": group,
+            "groups": self.groups,
+            "lighthouse": self.address,
+            "number": len(self.all),
+        }
+        made = Plan(**(place | plan))
         process = _context.Process(target=train, args=(made, theirs))
         process.start()
         theirs.close()
@@ -114,11 +130,15 @@ class Job:
         deadline = time.monotonic() + deadline_s
         while not is_reached():
             left = deadline - time.monotonic()
-            open_pipes = {r.pipe: r for r in self.all if not r.has_ended}
-            if left <= 0 or not open_pipes:
+            if left <= 0 or all(r.has_ended for r in self.all):
                 raise AssertionError(f"{what}: not within {deadline_s:g} s\n{self.describe()}")
-            for pipe in wait(list(open_pipes), left):
-                self._take(open_pipes[pipe])  # type: ignore[index]
+            self.hear(left)
+
+    def hear(self, timeout_s: float) -> None:
+        """Take what has been reported; wait for the first of it."""
+        open_pipes = {r.pipe: r for r in self.all if not r.has_ended}
+        for pipe in wait(list(open_pipes), timeout_s):
+            self._take(open_pipes[pipe])  # type: ignore[index]
 
     def _take(self, running: Running) -> None:
         try:
@@ -126,11 +146,13 @@ class Job:
         except (EOFError, ConnectionResetError):
             running.has_ended = True
             return
+        if not running.plan.history:
+            running.records.append(report)
         match report["event"]:
             case "step":
                 running.steps.append(report)
             case "log":
-                running.logs.append(report["text"].partition("] ")[2])
+                running.logs.append(report["text"])
             case "holding":
                 running.is_holding = True
             case "error":
@@ -147,7 +169,11 @@ class Job:
     def stop(self, members: list[Running] | None = None) -> None:
         """Let these (all that live) end after the same step, some steps from here."""
         members = members if members is not None else [r for r in self.running.values() if not r.has_ended]
-        step = max(member.step for member in members) + 10
+        for _ in range(BACKLOG_MAX):  # on a busy machine they are further by now than what was heard of them
+            if not any(member.pipe.poll() for member in members if not member.has_ended):
+                break
+            self.hear(0.0)
+        step = max(member.step for member in members) + 20
         for member in members:
             member.pipe.send(step)
         self.until(lambda: all(member.has_ended for member in members), "all end")
@@ -173,6 +199,15 @@ class Job:
 
     def _at_the_lighthouse(self) -> contextlib.AbstractContextManager[None]:
         return contextlib.nullcontext() if self._network is None else inside(self._network.hosts.file("lighthouse"))
+
+    def failures(self) -> list[Failure]:
+        """What the lighthouse told of failures so far."""
+        failed = [event for event in self.events() if event.kind is EventKind.MEMBER_FAILED]
+        return [Failure(member=e.member, cause=e.cause.value if e.cause else "", evidence=e.evidence) for e in failed]
+
+    def violations(self) -> list[str]:
+        """Of the invariants, by everything that was reported."""
+        return violations([running.history for running in self.all], self.failures())
 
     def describe(self) -> str:
         lines = []

@@ -10,12 +10,13 @@ import logging
 import os
 import signal
 import threading
+from collections.abc import Callable
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any
 
 import torch
-import xxhash
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader
 
 import everstep as es
 from everstep.collectives.process_group import Membership, ReconfigurableProcessGroup, ReduceOp, Work
@@ -24,6 +25,8 @@ from everstep.core.types import QuorumId
 from everstep.errors import GroupDrained, StepInterrupted
 from everstep.train.presence import Presence
 from tests.train.namespaces import enter
+from tests.train.recording import Commits, HistoryFile, RecordingSampler, digest_of
+from tests.train.task import LEARNING_RATE, MOMENTUM, loss_of, make_dataset, make_net
 
 HOLD_DEADLINE_S = 30.0
 
@@ -61,6 +64,14 @@ class Plan:
     init_sync: bool = True
     namespace: str = ""  # file of the network namespace to live in
     options: dict[str, Any] = dataclasses.field(default_factory=dict)  # of the Manager
+    number: int = 0  # of this start, over the whole job
+    history: str = ""  # file that gets everything that is reported
+    pace_s: float = 0.0  # that a forward pass takes at least
+    is_rich: bool = False  # train what takes every path of the reductions
+
+    @property
+    def net_seed(self) -> int:
+        return self.seed + self.group + 1000 * self.rank
 
 
 class FaultyGroup(ReconfigurableProcessGroup):
@@ -153,14 +164,15 @@ class StrikingSGD(torch.optim.SGD):
 
 
 class Reports(logging.Handler):
-    """Sends Everstep's log lines to the test."""
+    """Sends Everstep's log lines to the test, without their `[job group/rank - step]`."""
 
-    def __init__(self, pipe: Connection) -> None:
+    def __init__(self, report: Callable[[dict[str, Any]], None]) -> None:
         super().__init__()
-        self._pipe = pipe
+        self._report = report
 
     def emit(self, record: logging.LogRecord) -> None:
-        self._pipe.send({"event": "log", "text": record.getMessage()})
+        text = record.getMessage()  # the link's lines have no such beginning
+        self._report({"event": "log", "text": text.partition("] ")[2] or text})
 
 
 class Worker:
@@ -172,6 +184,7 @@ class Worker:
         self.step = 0  # that is being made
         self.first_step = 0
         self.stop_step = 1 << 60
+        self.history = HistoryFile(Path(plan.history)) if plan.history else None
         self.has_struck = False
         self.has_objected = False
         self.has_failed = False
@@ -179,6 +192,12 @@ class Worker:
         self.has_held = False
         self.has_stalled = False
         self.manager: es.Manager | None = None
+
+    def report(self, record: dict[str, Any]) -> None:
+        """Into the history first: what the test hears of must be there."""
+        if self.history is not None:
+            self.history.write(record)
+        self.pipe.send(record)
 
     def _stall(self) -> None:
         if self.step != self.plan.stall_at_step or self.has_stalled:
@@ -201,16 +220,15 @@ class Worker:
 
     def run(self) -> None:
         torch.set_num_threads(1)
-        torch.manual_seed(self.plan.seed + self.plan.group + 1000 * self.plan.rank)
         os.environ["EVERSTEP_GROUP_LEADER"] = self.plan.leader
-        logging.getLogger("everstep").addHandler(Reports(self.pipe))
+        logging.getLogger("everstep").addHandler(Reports(self.report))
         logging.getLogger("everstep").setLevel(logging.INFO)
-        width = self.plan.width
-        net = torch.nn.Sequential(torch.nn.Linear(8, width), torch.nn.Tanh(), torch.nn.Linear(width, 1))
-        inner = StrikingSGD(net.parameters(), lr=0.05, momentum=0.9)
+        net = make_net(self.plan.width, self.plan.is_rich, self.plan.net_seed)
+        inner = StrikingSGD(net.parameters(), lr=LEARNING_RATE, momentum=MOMENTUM)
         inner.worker = self
-        inputs = torch.randn(512, 8, generator=torch.Generator().manual_seed(1))
-        dataset = TensorDataset(inputs, inputs.sum(1, keepdim=True).sin(), torch.arange(len(inputs)))
+        dataset = make_dataset()
+        start = {"event": "start", "group": self.plan.name or str(self.plan.group), "number": self.plan.number}
+        self.report({**start, "net_seed": self.plan.net_seed, "initial": digest_of(net, inner)})
         with es.Manager(
             lighthouse=self.plan.lighthouse,
             replica_group_id=self.plan.name or str(self.plan.group),
@@ -225,14 +243,15 @@ class Worker:
             assert presence is not None
             presence.group = FaultyGroup(presence.group, self)
             model = es.DistributedDataParallel(manager, net)
-            optimizer = es.Optimizer(manager, inner, before_step=lambda: self._before_step())
-            sampler = es.DistributedSampler(manager, dataset, batch_size=self.plan.batch_size)
+            commits = Commits(manager)
+            optimizer = es.Optimizer(manager, inner, before_step=lambda: self._before_step(commits))
+            sampler = RecordingSampler(manager, dataset, batch_size=self.plan.batch_size, report=self.report)
             # Forked, as a script's are on Linux: a child of a forkserver would start a forkserver of its own for them.
             context = "fork" if self.plan.workers else None
             loader = DataLoader(
                 dataset, batch_sampler=sampler, num_workers=self.plan.workers, multiprocessing_context=context
             )
-            net[0].register_forward_hook(lambda *_: self.strike("forward"))
+            next(net.children()).register_forward_hook(lambda *_: self.strike("forward"))
             next(net.parameters()).register_hook(lambda _: self.strike("backward"))  # type: ignore[no-untyped-call]
             for epoch in range(1 << 30):
                 sampler.set_epoch(epoch)
@@ -241,7 +260,13 @@ class Worker:
                     self.first_step = self.first_step or self.step
                     optimizer.zero_grad()
                     self._stall()
-                    torch.nn.functional.mse_loss(model(x), y).backward()  # type: ignore[no-untyped-call]
+                    if self.plan.pace_s:  # stands for an accelerator that is busy
+                        threading.Event().wait(self.plan.pace_s)
+                    loss = loss_of(model, x, y)
+                    loss.backward()  # type: ignore[no-untyped-call]
+                    mean = loss.detach().clone()
+                    if self.plan.is_rich:
+                        manager.allreduce(mean)
                     if self.plan.change_by_hand:
                         torch.nn.utils.clip_grad_norm_(net.parameters(), 1e-3)
                         self._hold()
@@ -251,13 +276,14 @@ class Worker:
                     if self.step == self.plan.object_at_step and not self.has_objected:
                         self.has_objected = True
                         manager.report_error(ValueError("the test objects"))
-                    positions = [position for block in sampler._used for position in block.positions]
+                    drawn = {"ids": ids.tolist(), "positions": sampler.positions()}
                     result = optimizer.step()
-                    self._report(manager, net, result, {"ids": ids.tolist(), "positions": positions})
+                    self._report(result, {**drawn, "digest": digest_of(net, inner), "loss": mean.item()}, commits)
                     if result.step >= self.stop_step:
                         return
 
-    def _before_step(self) -> None:
+    def _before_step(self, commits: Commits) -> None:
+        commits.note()
         self.strike("before_step")
         if not self.plan.change_by_hand:
             self._hold()
@@ -279,26 +305,12 @@ class Worker:
             decided = presence.changed.wait_for(lambda: presence.replica.quorum != before, HOLD_DEADLINE_S)
             assert decided
 
-    def _report(
-        self, manager: es.Manager, net: torch.nn.Module, result: es.StepResult, drawn: dict[str, list[int]]
-    ) -> None:
+    def _report(self, result: es.StepResult, found: dict[str, Any], commits: Commits) -> None:
         while self.pipe.poll():
             self.stop_step = self.pipe.recv()
-        digest = xxhash.xxh3_64()
-        for tensor in [*net.state_dict().values(), *(p.grad for p in net.parameters() if p.grad is not None)]:
-            digest.update(tensor.numpy().tobytes())
-        self.pipe.send(
-            {
-                "event": "step",
-                "step": result.step,
-                "committed": result.committed,
-                "participants": result.participants,
-                "why": result.why,
-                **drawn,
-                "digest": digest.hexdigest(),
-                "lineage": manager.lineage(),
-            }
-        )
+        ended = {"event": "step", "step": result.step, "committed": result.committed, "why": result.why}
+        lineage = commits.record(result.step) if result.committed else {}
+        self.report({**ended, "participants": result.participants, **found, **lineage})
 
 
 def train(plan: Plan, pipe: Connection) -> None:

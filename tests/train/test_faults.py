@@ -6,18 +6,15 @@ import time
 
 import pytest
 
-from everstep.core.events import EventKind
-from tests.train.history import violations
 from tests.train.job import Job, Running, assert_nothing_lost
 from tests.train.test_kill import POINTS
 
 
 def assert_well(job: Job, failed: list[str]) -> None:
     """The invariants hold, and these groups failed, in any order."""
-    events = job.events()
-    assert violations(job.all, events) == []
-    names = [event.replica_id for event in events if event.kind is EventKind.MEMBER_FAILED]
-    assert sorted(names) == sorted(failed)
+    failures = job.failures()
+    assert job.violations() == []
+    assert sorted(failure.member.partition("#")[0] for failure in failures) == sorted(failed)
 
 
 def survivors_of(job: Job, *victims: int) -> list[Running]:

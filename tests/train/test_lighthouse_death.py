@@ -12,7 +12,6 @@ from everstep.lighthouse.app import Lighthouse
 from tests.support.processes import Spawner
 from tests.support.relay import Relay
 from tests.train.doomed import POINTS
-from tests.train.history import violations
 from tests.train.job import Running, assert_nothing_lost, assert_same_bits
 from tests.train.outage import OutageJob
 
@@ -57,7 +56,7 @@ def test_training_goes_on_without_a_lighthouse_and_when_it_is_back_nobody_is_dis
         assert job.status()["quorum"].startswith("2.")
         job.stop()
         assert_nothing_lost([job.running[0], job.running[2]])
-        assert not violations(job.all, job.events())
+        assert not job.violations()
 
 
 @pytest.mark.soak
@@ -79,7 +78,7 @@ def test_a_failure_during_the_outage_is_resolved_when_the_lighthouse_is_back(spa
         job.until(lambda: all(m.participants == 3 for m in job.living()), "it comes back")
         job.stop()
         assert_nothing_lost(survivors)
-        assert not violations(job.all, job.events())
+        assert not job.violations()
 
 
 @pytest.mark.parametrize(
@@ -101,7 +100,7 @@ def test_killed_at_any_point_of_a_round_the_lighthouse_loses_nothing(
         job.until(lambda: all(m.participants == 3 for m in job.living()), "the one that was killed comes back")
         job.stop()
         assert_nothing_lost(survivors)
-        assert not violations(job.all, job.events())
+        assert not job.violations()
 
 
 @pytest.mark.soak
@@ -118,7 +117,7 @@ def test_killed_while_a_group_joins_the_lighthouse_loses_nothing(spawn: Spawner,
         job.until(lambda: all(m.participants == 3 for m in job.living()), "all three train")
         job.stop()
         assert_nothing_lost(veterans)
-        assert not violations(job.all, job.events())
+        assert not job.violations()
 
 
 @pytest.mark.parametrize(
@@ -168,7 +167,7 @@ def test_a_journal_that_cannot_be_written_holds_the_round_back_until_it_can(spaw
         job.until(lambda: all(m.participants == 2 for m in survivors), "the round is decided")
         job.stop()
         assert_nothing_lost(survivors)
-        assert not violations(job.all, job.events())
+        assert not job.violations()
 
 
 @pytest.mark.soak
@@ -192,7 +191,7 @@ def test_a_lighthouse_that_lost_its_journal_founds_nothing_and_training_goes_on(
         job.until(lambda: all(m.participants == 4 for m in job.living()), "with the journal all is well")
         job.stop()
         assert_nothing_lost(veterans)
-        assert not violations(job.all, job.events())
+        assert not job.violations()
 
 
 @pytest.mark.soak
@@ -240,4 +239,4 @@ def test_members_that_are_pointed_at_another_lighthouse_are_refused_there_and_co
             assert fresh.step == 0
             job.stop([*near, *moved])
             assert_nothing_lost(near)
-            assert not violations(job.all, job.events())
+            assert not job.violations()

@@ -8,7 +8,6 @@ import pytest
 
 from everstep.core.events import EventKind, JobEvent
 from everstep.core.messages import Cause
-from tests.train.history import violations
 from tests.train.job import Job, Network, Running, assert_nothing_lost
 from tests.train.namespaces import Hosts, why_not
 
@@ -69,7 +68,7 @@ def of_kind(events: list[JobEvent], kind: EventKind) -> list[JobEvent]:
 def assert_one_side_went_on(job: Job, left_out: list[Running], others: list[Running]) -> None:
     """The others lost nothing, whoever was left out was so once, and nothing flapped; I1 to I5, I8."""
     events = job.events()
-    assert violations(job.all, events) == []
+    assert job.violations() == []
     assert_nothing_lost(others)
     names = sorted(m.plan.group for m in left_out)
     failed = of_kind(events, EventKind.MEMBER_FAILED)
@@ -151,7 +150,7 @@ def test_training_goes_on_while_nobody_reaches_the_lighthouse(network: Network) 
         until_together(job, everyone)
         print(f"together {time.monotonic() - healed_at:.2f} s after healing")
         job.stop()
-        assert violations(job.all, job.events()) == []
+        assert job.violations() == []
 
 
 @pytest.mark.parametrize("way", ["both", "one"])
@@ -178,7 +177,7 @@ def test_of_two_groups_that_reach_the_lighthouse_but_not_each_other_one_makes_wa
         job.stop()
         assert_nothing_lost(others)
         events = job.events()
-        assert violations(job.all, events) == []
+        assert job.violations() == []
         failed = of_kind(events, EventKind.MEMBER_FAILED)
         assert [(int(e.replica_id), e.cause) for e in failed] == [(out.plan.group, Cause.BROKEN_PATH)] * 2
         assert len(of_kind(events, EventKind.ROUND_OPENED)) == 3
@@ -196,7 +195,7 @@ def test_a_group_that_reaches_the_lighthouse_but_none_of_its_peers_makes_way_for
         job.stop()
         assert_nothing_lost(others)
         events = job.events()
-        assert violations(job.all, events) == []
+        assert job.violations() == []
         assert [e.replica_id for e in of_kind(events, EventKind.MEMBER_FAILED)] == ["0"]
 
 
@@ -211,6 +210,6 @@ def test_a_path_that_is_broken_for_a_moment_costs_nobody_its_place(network: Netw
         job.stop()
         assert_nothing_lost(everyone)
         events = job.events()
-        assert violations(job.all, events) == []
+        assert job.violations() == []
         assert len(of_kind(events, EventKind.ROUND_OPENED)) == 1
         assert not of_kind(events, EventKind.MEMBER_EVICTED)

@@ -7,6 +7,7 @@ through the store. So the group's sockets are known exactly, whatever else the p
 
 import contextlib
 import json
+import logging
 import os
 import re
 import socket
@@ -44,6 +45,8 @@ SETTLE_TIMEOUT_S = 10.0
 LINGER_S = 0.1
 # A member that has its result may leave; what it sent is on its way to the others for a moment longer.
 CLOSED_GRACE_S = 0.1
+
+_log = logging.getLogger(__name__)
 
 HELPER_NAME = "everstep-gloo"
 _OP_THREAD_NAME = "pt_gloo_runloop"
@@ -180,7 +183,19 @@ class GlooGroup(GroupFate[GlooWork]):
 
     def drain(self, deadline: float) -> bool:
         """Wait until no operation of a severed group can touch its tensor any more; False when `deadline` passed."""
-        return all(work.settle(deadline) for work in tuple(self._pending))
+        pending = tuple(self._pending)
+        if all(work.settle(deadline) for work in pending):
+            return True
+        still_open = [c for c in self._connections if is_open(c)]
+        looks = {thread: _sleep_of(thread) for thread in self._new_threads}
+        _log.error(
+            "quorum %s: %d operations do not end; connections still open: %s; threads: %s",
+            self.membership.quorum_id,
+            sum(not work.is_completed() for work in pending),
+            still_open,
+            looks,
+        )
+        return False
 
     def take_down(self) -> None:
         """Free its threads and descriptors. Takes up to 20 ms, without the GIL; more while an operation is stuck."""
