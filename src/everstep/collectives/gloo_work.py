@@ -8,8 +8,10 @@ its tensor no more: all connections are closed, and all that it will ever do is 
 
 import contextlib
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from typing import Protocol
 
 from torch import Tensor
@@ -39,20 +41,22 @@ class Issuer(Protocol):
 class GlooWork:
     """An operation of a GlooGroup."""
 
-    __slots__ = ("_error", "_group", "_work")
+    __slots__ = ("_failure", "_group", "_work")
 
     def __init__(self, group: Issuer, work: torch_private.TorchWork) -> None:
         self._group = group
         self._work: torch_private.TorchWork | None = work
-        self._error: BaseException | None = None
+        # Makes what `wait` raises. An exception kept here would keep its traceback, whose frames keep this object and
+        # the whole training step (the loss and its graph) until the garbage collector finds the cycle.
+        self._failure: Callable[[], BaseException] | None = None
 
     def wait(self) -> None:
         work = self._work
         if work is not None:
             while not self._has_ended(work, WAIT_SLICE):
                 pass
-        if self._error is not None:
-            raise self._error
+        if self._failure is not None:
+            raise self._failure()
 
     def is_completed(self) -> bool:
         work = self._work
@@ -73,9 +77,10 @@ class GlooWork:
                 # What the wait raised may have been that it ran out of time just before the end.
                 error = _error_of(work, WAIT_SLICE)
                 if error is not None:
-                    self._error = self._group.lost_by(error)
+                    self._group.lost_by(error)  # now: the group is lost, whether or not anybody waits again
+                    self._failure = partial(self._group.lost_by, error)
             elif self._group.is_stuck():
-                self._error = self._group.failure()
+                self._failure = self._group.failure
                 self._group.park(work)
             else:
                 self._group.watch()

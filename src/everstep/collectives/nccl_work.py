@@ -3,7 +3,8 @@
 import itertools
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -54,12 +55,12 @@ class NcclWork:
     kernels of an aborted communicator end like others, with anything in their output.
     """
 
-    __slots__ = ("_error", "_group", "_had_ended", "_work")
+    __slots__ = ("_failure", "_group", "_had_ended", "_work")
 
     def __init__(self, group: Issuer, work: torch_private.TorchWork) -> None:
         self._group = group
         self._work: torch_private.TorchWork | None = work
-        self._error: BaseException | None = None
+        self._failure: Callable[[], BaseException] | None = None  # makes a fresh one, as in gloo_work.py
         self._had_ended = False
 
     def wait(self) -> None:
@@ -80,8 +81,8 @@ class NcclWork:
                 group.condemn(PeerLost(f"quorum {group.membership.quorum_id}: a collective did not end in time"))
                 group.cut()
             time.sleep(pause_s)
-        if self._error is not None:
-            raise self._error
+        if self._failure is not None:
+            raise self._failure()
 
     def is_completed(self) -> bool:
         """Without blocking: not asked of a communicator that is being aborted, which would wait for the abort."""
@@ -115,13 +116,14 @@ class NcclWork:
         elif not self._had_ended:
             if not group.broken.is_set() or not work.is_completed():
                 return False
-            self._error = group.failure()
+            self._failure = group.failure
             self._finish()
             return True
         try:
             work.wait()  # has the current stream wait for it, too; raises what NCCL reported, after it aborted
         except torch.distributed.DistError as error:
-            self._error = group.lost_by(str(error))
+            group.lost_by(str(error))  # now: the group is lost, whether or not anybody waits again
+            self._failure = partial(group.lost_by, str(error))
         self._finish()
         return True
 
