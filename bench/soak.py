@@ -38,7 +38,7 @@ class SoakCampaign(Campaign):
 
     def start_lighthouse(self) -> str:
         command = [sys.executable, "-m", "everstep.cli", "lighthouse", "--port", "0"]
-        command += ["--state-dir", str(self.folder / "lighthouse")]
+        command += ["--state-dir", str(self.folder / "lighthouse"), "--crash-loop-limit", "0"]
         with (self.folder / "lighthouse.log").open("wb") as log:
             self.lighthouse = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True)
         self.stack.callback(self._end_lighthouse)

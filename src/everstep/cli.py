@@ -73,7 +73,7 @@ def lighthouse(
         float | None, typer.Option(help="Seconds that one group may hold all others up; learned by default.")
     ] = None,
     crash_loop_limit: Annotated[
-        int, typer.Option(help="Leave a group out that died so often in a row at one place; 0: never.")
+        int, typer.Option(help="Hold, and then leave out a group that died so often in a row at one place; 0: never.")
     ] = 8,
     tls_cert: Annotated[Path | None, typer.Option(help="PEM file of the certificate.")] = None,
     tls_key: Annotated[Path | None, typer.Option(help="PEM file of its key.")] = None,

@@ -108,7 +108,7 @@ class LighthouseSettings:
     join_timeout_s: float = 10.0
     heartbeat_timeout_s: float = 2.0
     link_grace_s: float = 0.02
-    crash_loop_limit: int = 8  # deaths of a group in a row at one place, before it is left out; 0: never
+    crash_loop_limit: int = 8  # deaths of a group in a row at one place, before it is left out; 0: never, and no pauses
     stuck_timeout_s: float | None = None  # None: learned from each job's steps
     stuck_floor_s: float = 10.0  # the least that is learned
     stuck_initial_s: float = 300.0  # for the first steps of a process

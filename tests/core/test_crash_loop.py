@@ -18,7 +18,7 @@ def die(
 
 
 def test_two_deaths_are_free_then_pauses_double_up_to_their_maximum() -> None:
-    desk = CrashDesk(CrashPolicy(limit=0))
+    desk = CrashDesk(CrashPolicy(limit=100))
     assert die(desk, 10) == [0, 0, 1, 2, 4, 8, 16, 32, 60, 60]
 
 
@@ -31,6 +31,13 @@ def test_the_last_of_the_limit_is_left_out_until_it_is_pardoned() -> None:
     assert desk.pardon("g")
     assert not desk.started("g", "p6", 100.0).is_left_out
     assert not desk.pardon("g"), "there is nothing left to pardon"
+
+
+def test_a_limit_of_zero_holds_nobody() -> None:
+    desk = CrashDesk(CrashPolicy(limit=0))
+    assert die(desk, 20) == [0.0] * 20
+    assert not desk.started("g", "p20", 100.0).is_left_out
+    assert desk.held(100.0) == {}
 
 
 def test_a_process_that_is_asked_again_gets_the_same_answer() -> None:

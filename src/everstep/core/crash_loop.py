@@ -17,7 +17,7 @@ GROUPS_MAX = 10_000
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CrashPolicy:
-    """After `free` deaths in a row at one place pauses begin; with `limit` the group is left out (0: never)."""
+    """After `free` deaths in a row at one place pauses begin; with `limit` the group is left out. 0 turns both off."""
 
     free: int = 2
     pause_s: float = 1.0
@@ -67,7 +67,7 @@ class CrashDesk:
             record.nonce, record.steps, record.step, record.stride, record.has_left = nonce, 0, -1, 0, False
             extra = record.deaths - self._policy.free
             pause_s = min(self._policy.pause_max_s, self._policy.pause_s * 2.0 ** min(extra - 1, 30))
-            record.pause_until = now + pause_s if extra > 0 else 0.0
+            record.pause_until = now + pause_s if extra > 0 and self._policy.limit > 0 else 0.0
         return Verdict(record.pause_until, 0 < self._policy.limit <= record.deaths)
 
     def _count(self, record: _Record, now: float) -> None:
@@ -114,7 +114,7 @@ class CrashDesk:
         """For people: groups that are held or left out."""
         found: dict[str, dict[str, object]] = {}
         for name, record in self._records.items():
-            if record.deaths > self._policy.free:
+            if record.deaths > self._policy.free and self._policy.limit > 0:
                 pause_s = round(max(0.0, record.pause_until - now), 1)
                 found[name] = {"deaths": record.deaths, "pause_s": pause_s, "why": self.describe(name)}
         return found

@@ -29,7 +29,9 @@ class JobConfig:
     stuck_timeout_s: float | None = None  # None: learned from the job's steps
     stuck_floor_s: float = 10.0
     stuck_initial_s: float = 300.0
-    crash_loop_limit: int = 8  # deaths in a row at one place, before a group is left out; 0: never
+    crash_loop_limit: int = (
+        8  # deaths in a row at one place, before a group is left out; 0: that, and pauses before it, are off
+    )
     path_pause_s: float = 10.0  # that a member first stays out for which there is no path to another
     return_timeout_s: float = 10.0  # after a restart of the lighthouse: members have this long to connect again
 
