@@ -109,6 +109,7 @@ class LighthouseSettings:
     heartbeat_timeout_s: float = 2.0
     link_grace_s: float = 0.02
     crash_loop_limit: int = 8  # deaths of a group in a row at one place, before it is left out; 0: never, and no pauses
+    node_timeout_s: float = 6.0  # of silence, until a node is held to be dead
     stuck_timeout_s: float | None = None  # None: learned from each job's steps
     stuck_floor_s: float = 10.0  # the least that is learned
     stuck_initial_s: float = 300.0  # for the first steps of a process
@@ -129,6 +130,7 @@ class LighthouseSettings:
         check_duration("join_timeout_s", self.join_timeout_s)
         check_duration("heartbeat_timeout_s", self.heartbeat_timeout_s)
         check_duration("link_grace_s", self.link_grace_s)
+        check_duration("node_timeout_s", self.node_timeout_s)
         check_duration("stuck_floor_s", self.stuck_floor_s)
         check_duration("stuck_initial_s", self.stuck_initial_s)
         if self.stuck_timeout_s is not None:

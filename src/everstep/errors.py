@@ -6,6 +6,11 @@ EverstepError
 ├── LighthouseRefused           the lighthouse turned this process away; `code` and the message say why
 ├── LighthouseUnreachable       nothing answers at the configured address
 ├── GroupFailed                 another rank of this replica group ended: so does this process
+├── RendezvousEnded             closed by a node, for all; `was_spare` where this one was not needed
+├── RendezvousTimedOut          too few nodes came in time; trying again at once would not help
+├── NodeEvicted                 this node was silent too long in its round; it may join as a newcomer
+├── RoundStoreError             an operation on a round's store failed; `is_over`: the round has ended
+│   └── RoundStoreTimeout       … in that its keys did not come in time
 ├── StepInterrupted             a peer or the network: this collective is over, the job goes on
 │   └── PeerLost                … and the error names (or suspects) one peer
 └── RecoveryFailed              live state could not be fetched this time; the member starts over
@@ -24,9 +29,14 @@ __all__ = [
     "LighthouseRefused",
     "LighthouseUnreachable",
     "LocalProtocolError",
+    "NodeEvicted",
     "PeerLost",
     "RecoveryFailed",
     "RemoteProtocolError",
+    "RendezvousEnded",
+    "RendezvousTimedOut",
+    "RoundStoreError",
+    "RoundStoreTimeout",
     "StateMismatch",
     "StepInterrupted",
 ]
@@ -58,6 +68,34 @@ class LighthouseUnreachable(EverstepError):
 
 class GroupFailed(EverstepError):
     """Another rank of this replica group ended, so the group has failed as a whole; what started it starts it again."""
+
+
+class RendezvousEnded(EverstepError):
+    """A node closed the rendezvous for all. `was_spare`: this one waited beside a full round, and was not needed."""
+
+    def __init__(self, message: str, was_spare: bool = False) -> None:
+        super().__init__(message)
+        self.was_spare = was_spare
+
+
+class RendezvousTimedOut(EverstepError):
+    """`min_nodes` did not come together in time; every node that waited gets this, and none should try on."""
+
+
+class NodeEvicted(EverstepError):
+    """Nothing was heard of this node for so long that its round went on without it. Raised once; then it may join."""
+
+
+class RoundStoreError(EverstepError):
+    """An operation on the store of a rendezvous round failed. `is_over`: the round has ended, and its store with it."""
+
+    def __init__(self, message: str, is_over: bool = False) -> None:
+        super().__init__(message)
+        self.is_over = is_over
+
+
+class RoundStoreTimeout(RoundStoreError):
+    """The keys that it waited for did not come in time."""
 
 
 class StepInterrupted(EverstepError):

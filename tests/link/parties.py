@@ -131,8 +131,8 @@ class Server:
             self._loop.close()
 
     async def _start(self) -> web.AppRunner:
-        times = {"handshake_s": self._handshake_s, "first_word_s": self._handshake_s}
-        self._server = LinkServer(self.recorder, self._token, **times)
+        limit_s = self._handshake_s
+        self._server = LinkServer(self.recorder, self._token, handshake_s=limit_s, first_word_s=limit_s)
         app = web.Application()
         app.router.add_get("/link", self._server.handle)
         runner = web.AppRunner(app, access_log=None, shutdown_timeout=0.1)
@@ -229,7 +229,7 @@ class Member(Party):
     def _perform(self, effects: list[Effect]) -> None:
         for effect in effects:
             if isinstance(effect, Send):
-                self.client.send(effect.message)  # type: ignore[arg-type]
+                self.client.send(effect.message)
             elif isinstance(effect, Log):
                 self.events.add("log", value=effect.event)
 

@@ -39,6 +39,11 @@ class EventKind(str, enum.Enum):
     MEMBER_LEFT = "member-left"  # on purpose; nobody aborts anything
     HISTORY_LOST = "history-lost"  # nobody holds the state any more
     JOB_ENDED = "job-ended"  # every member left
+    RENDEZVOUS_COMPLETED = "rendezvous-completed"  # the nodes of `group` agree on ranks; `members`, in rank order
+    RENDEZVOUS_DISSOLVED = "rendezvous-dissolved"  # that round is over, and why
+    RENDEZVOUS_FAILED = "rendezvous-failed"  # too few nodes came in time
+    RENDEZVOUS_CLOSED = "rendezvous-closed"  # a node closed it for all
+    NODE_EVICTED = "node-evicted"  # `node` was silent in a complete round; it is told when it is heard of again
 
 
 FAILURES = frozenset({EventKind.MEMBER_FAILED})
@@ -68,6 +73,8 @@ class JobEvent(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     step: int | None = None
     action: str = ""
     snapshot: dict[str, object] | None = None
+    group: str = ""  # of a rendezvous
+    node: str = ""  # whom a rendezvous event is about
 
     @property
     def member(self) -> str:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from everstep.core.ledger import Spent
+from everstep.core.node_messages import ToNode
 from everstep.core.types import (
     Action,
     FailureRound,
@@ -212,6 +213,13 @@ class Send(msgspec.Struct, frozen=True):
     links: tuple[int, ...] = ()
 
 
+class SendToNodes(msgspec.Struct, frozen=True):
+    """The rendezvous: send `message` on each of these links."""
+
+    message: ToNode
+    links: tuple[int, ...]
+
+
 class Sever(msgspec.Struct, frozen=True):
     """A member's shell: end every collective of the quorums up to this one, from whatever thread, at once."""
 
@@ -273,7 +281,7 @@ class Tell(msgspec.Struct, frozen=True):
     message: object
 
 
-Effect = Send | Sever | Exit | Close | Persist | Log | Publish | Tell
+Effect = Send | SendToNodes | Sever | Exit | Close | Persist | Log | Publish | Tell
 
 
 def changed(new: Quorum, base: Quorum) -> MembersChange:

@@ -48,6 +48,16 @@ class FailureRound(msgspec.Struct, frozen=True, order=True, array_like=True):
 NO_ROUND = FailureRound(0, 0)
 
 
+class RendezvousRound(msgspec.Struct, frozen=True, order=True, array_like=True):
+    """One agreement of nodes on their ranks; `n` grows, and `life` names the lighthouse's memory that numbered it."""
+
+    n: int
+    life: str
+
+    def __str__(self) -> str:
+        return f"{self.n}@{self.life}"
+
+
 class MemberId(msgspec.Struct, frozen=True, array_like=True):
     """A replica group's stable name and the number of this start of it."""
 

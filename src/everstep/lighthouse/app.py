@@ -126,7 +126,7 @@ class Lighthouse:
         # A forked child that kept listening would take this port's connections and answer none.
         self._unguard = fork_guard.guard(lambda: [listener.fileno()] if listener.fileno() >= 0 else [])
         self._jobs = Jobs(self._settings, self._state_dir)
-        self._server = LinkServer(self._jobs, self._settings.token)
+        self._server = LinkServer(self._jobs, self._settings.token, nodes=self._jobs.rendezvous)
         self._jobs.attach(self._server)
         app = web.Application(middlewares=[look_after])
         app.router.add_get("/link", self._server.handle)

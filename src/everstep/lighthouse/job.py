@@ -244,13 +244,13 @@ class Job:
         if fields == fields_before and now < said_at + LOG_REPEAT_S:
             return False
         self._said[event] = (fields, now)
-        words = "".join(f" {key}={_plain(value)}" for key, value in fields.items())
+        words = "".join(f" {key}={plain(value)}" for key, value in fields.items())
         extra = {"everstep": {"event": event, "job_id": self.job_id, **fields}}
-        log.log(level, "%s job=%s%s", event, _plain(self.job_id), words, extra=extra)
+        log.log(level, "%s job=%s%s", event, plain(self.job_id), words, extra=extra)
         return True
 
 
-def _plain(value: object) -> str:
+def plain(value: object) -> str:
     """One word, or quoted: what a client sent must not look like another line."""
     text = str(value)
     return text if text.isprintable() and text and not set(text) & set(' "=') else repr(text)

@@ -6,6 +6,7 @@ import logging
 from collections.abc import Callable
 
 from everstep.config import LighthouseSettings
+from everstep.core.events import JobEvent
 from everstep.core.lighthouse import AdmitGroup, DrainGroup, LinkClosed, LinkMessage, LinkOpened, StartNewHistory
 from everstep.core.messages import JournalRecord, Refused, ToLighthouse
 from everstep.core.types import RefusalCode
@@ -13,6 +14,7 @@ from everstep.errors import ConfigError
 from everstep.lighthouse.event_stream import EventStreams
 from everstep.lighthouse.job import Job, JobMachine, make_machine
 from everstep.lighthouse.journal import StateDir
+from everstep.lighthouse.rendezvous import RendezvousDesk
 from everstep.link.server import LinkServer
 
 DURABLE_S = 5.0  # that an operator's request waits for the disk
@@ -40,16 +42,21 @@ class Jobs:
         self._jobs: dict[str, Job] = {}
         self._job_of: dict[int, Job] = {}
         self._memory: dict[str, JournalRecord] = {}  # without a state directory: the last records of crashed jobs
+        self._publish: dict[str, Callable[[JobEvent], None]] = {}
+        self._returned: set[str] = set()  # jobs that were served before this lighthouse, or before they crashed
+        self.rendezvous = RendezvousDesk(settings, self)
         self._burials: dict[str, asyncio.Task[None]] = {}
         self.streams = EventStreams(self._status_of, settings.events_kept_max)
         self._executor = concurrent.futures.ThreadPoolExecutor(WRITERS, "everstep-journal")
 
     def attach(self, server: LinkServer) -> None:
         self._server = server
+        self.rendezvous.attach(server)
 
     async def close(self) -> None:
         """No machine hears or says anything any more."""
         self.streams.close()
+        self.rendezvous.close()
         jobs = list(self._jobs.values())
         self._jobs.clear()
         self._job_of.clear()
@@ -60,11 +67,28 @@ class Jobs:
         self._executor.shutdown()
 
     def status(self) -> dict[str, dict[str, object]]:
-        return {job_id: {**job.status(), "links": len(job.open_links)} for job_id, job in self._jobs.items()}
+        return {
+            job_id: {
+                **job.status(),
+                "links": len(job.open_links),
+                "rendezvous": self.rendezvous.status(job_id),
+            }
+            for job_id, job in self._jobs.items()
+        }
 
     def _status_of(self, job_id: str) -> dict[str, object] | None:
         job = self._jobs.get(job_id)
         return job.status() if job is not None else None
+
+    def is_return(self, job_id: str) -> bool:
+        """Whether the job was known before its machine was started: its nodes may be about to come back."""
+        return job_id in self._returned
+
+    def publish(self, job_id: str, event: JobEvent) -> None:
+        """Append to the job's event log."""
+        publish = self._publish.get(job_id)
+        if publish is not None:
+            publish(event)
 
     async def drain(self, job_id: str, replica_id: str) -> None:
         """Let this group leave its job at a step boundary. Raises LookupError, or NotDurable: asked all the same."""
@@ -148,18 +172,22 @@ class Jobs:
         journal = self._state_dir.journal(job_id) if self._state_dir is not None else None
         record = journal.load() if journal is not None else self._memory.get(job_id)
         machine = self._new_machine(job_id, self._settings, record)
-        publish = self.streams.begin(job_id)
+        publish = self._publish[job_id] = self.streams.begin(job_id)
+        if record is not None:
+            self._returned.add(job_id)
         job = Job(job_id, machine, self._server, journal, self._executor, self._crashed, publish)
         self._jobs[job_id] = job
         job.start()
 
     def _make_room(self) -> bool:
         """Drop a job that nobody is connected to; one that is over rather than one that may come back."""
-        idle = [job for job in self._jobs.values() if job.is_forgettable]
+        idle = [j for j in self._jobs.values() if j.is_forgettable and not self.rendezvous.has_nodes(j.job_id)]
         if not idle:
             return False
         job = next((job for job in idle if job.is_over), idle[0])
         del self._jobs[job.job_id]
+        self._publish.pop(job.job_id, None)
+        self._returned.discard(job.job_id)
         self.streams.forget(job.job_id)
         self._bury(job)
         return True

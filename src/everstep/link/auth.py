@@ -23,7 +23,7 @@ from everstep.errors import LighthouseRefused
 NONCE_BYTES = 16
 HANDSHAKE_BYTES_MAX = 4096
 HANDSHAKE_S = 5.0  # from the accepted connection to Accepted
-ROLES = ("member",)
+ROLES = ("member", "node")  # of a replica group; an agent, for the rendezvous
 ROLE_CHARS_SHOWN = 40  # a refusal must fit into a handshake frame
 
 _CLIENT, _SERVER = "everstep link client", "everstep link server"

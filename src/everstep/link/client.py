@@ -13,12 +13,12 @@ import selectors
 import threading
 import time
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, Generic, Protocol, TypeVar
 
 import aiohttp
 
 from everstep import fork_guard
-from everstep.core.messages import Goodbye, ToLighthouse, ToMember
+from everstep.core.messages import Goodbye
 from everstep.core.types import RefusalCode, RemoteProtocolError
 from everstep.errors import ConfigError, LighthouseRefused, LighthouseUnreachable
 from everstep.link import auth, codec
@@ -34,7 +34,10 @@ QUEUE_MESSAGES_MAX = 1024
 log = logging.getLogger("everstep.link")
 
 
-class LinkHandler(Protocol):
+MessageT = TypeVar("MessageT", contravariant=True)
+
+
+class LinkHandler(Protocol[MessageT]):
     """Who uses the link; every method runs on the link's thread and must not block. on_open and on_close alternate."""
 
     def on_start(self, loop: asyncio.AbstractEventLoop) -> None:
@@ -43,7 +46,7 @@ class LinkHandler(Protocol):
     def on_open(self) -> None:
         """Authenticated. What is sent from here on goes out on this link, or nowhere."""
 
-    def on_message(self, message: ToMember) -> None: ...
+    def on_message(self, message: MessageT) -> None: ...
 
     def on_close(self, detail: str) -> None: ...
 
@@ -55,12 +58,21 @@ class LinkHandler(Protocol):
         """
 
 
-class LinkClient:
-    """`start` returns at once. `send` may be called from any thread, `close` from any but the link's own."""
+class LinkClient(Generic[MessageT]):
+    """`start` returns at once. `send` may be called from any thread, `close` from any but the link's own.
 
-    def __init__(self, target: LinkTarget, handler: LinkHandler) -> None:
+    `decode` makes a message of a frame; a member's by default.
+    """
+
+    def __init__(
+        self,
+        target: LinkTarget,
+        handler: LinkHandler[MessageT],
+        decode: Callable[[bytes], MessageT] = codec.decode_to_member,  # type: ignore[assignment]
+    ) -> None:
         self._target = target
         self._handler = handler
+        self._decode = decode
         self._lock = threading.Lock()  # guards _outbox, _is_open and _is_woken
         self._outbox: collections.deque[bytes] = collections.deque()
         self._ending: asyncio.Future[str] | None = None  # of the open link: set it to end the link
@@ -76,8 +88,9 @@ class LinkClient:
         self._wake = asyncio.Event()
         self._stop = asyncio.Event()
         self._fd = -1
+        self.local_host = ""  # this host's address on the link that was opened last
 
-    def __enter__(self) -> "LinkClient":
+    def __enter__(self) -> "LinkClient[MessageT]":
         self.start()
         return self
 
@@ -105,7 +118,7 @@ class LinkClient:
     def is_open(self) -> bool:
         return self._is_open
 
-    def send(self, message: ToLighthouse) -> str:
+    def send(self, message: codec.LinkMessage) -> str:
         """Queue it for the open link; returns "" or why it was dropped."""
         frame = codec.encode(message)
         with self._lock:
@@ -211,6 +224,7 @@ class LinkClient:
             raise asyncio.TimeoutError
         websocket = opening.result()
         self._fd = tune(websocket.get_extra_info("socket"))
+        self.local_host = (websocket.get_extra_info("sockname") or ("",))[0]
         detail = "closed by this process"
         try:
             self._begin()
@@ -249,7 +263,7 @@ class LinkClient:
             received = await websocket.receive()
             if received.type is aiohttp.WSMsgType.BINARY:
                 try:
-                    message = codec.decode_to_member(received.data)
+                    message = self._decode(received.data)
                 except RemoteProtocolError as error:
                     return f"the lighthouse sent {error}"
                 self._handler.on_message(message)

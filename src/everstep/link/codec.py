@@ -10,6 +10,7 @@ from typing import Any
 import msgspec
 
 from everstep.core.messages import ToLighthouse, ToMember, Welcome
+from everstep.core.node_messages import FromNode, NodeWelcome, ToNode
 from everstep.core.types import LocalProtocolError, RemoteProtocolError
 
 # A member list of 10,000 groups takes about 1 MB.
@@ -19,9 +20,13 @@ _REASON_CHARS_MAX = 200
 _encoder = msgspec.msgpack.Encoder()
 _to_lighthouse = msgspec.msgpack.Decoder(ToLighthouse)
 _to_member = msgspec.msgpack.Decoder(ToMember)
+_from_node = msgspec.msgpack.Decoder(FromNode)
+_to_node = msgspec.msgpack.Decoder(ToNode)
+
+LinkMessage = ToLighthouse | ToMember | FromNode | ToNode
 
 
-def encode(message: ToLighthouse | ToMember) -> bytes:
+def encode(message: LinkMessage) -> bytes:
     """One frame. A message that is too large or has no finite durations is our own bug: LocalProtocolError."""
     wrong = _wrong_duration(message)
     if wrong:
@@ -41,6 +46,18 @@ def decode_to_lighthouse(frame: bytes | bytearray | str) -> ToLighthouse:
 def decode_to_member(frame: bytes | bytearray | str) -> ToMember:
     """What the lighthouse sent; raises RemoteProtocolError."""
     message: ToMember = _decode(_to_member, frame)
+    return message
+
+
+def decode_from_node(frame: bytes | bytearray | str) -> FromNode:
+    """What a node sent; raises RemoteProtocolError."""
+    message: FromNode = _decode(_from_node, frame)
+    return message
+
+
+def decode_to_node(frame: bytes | bytearray | str) -> ToNode:
+    """What the lighthouse sent to a node; raises RemoteProtocolError."""
+    message: ToNode = _decode(_to_node, frame)
     return message
 
 
@@ -70,11 +87,11 @@ def _float_fields(kinds: Any) -> dict[type, tuple[str, ...]]:
     return found
 
 
-_DURATIONS = {**_float_fields(ToLighthouse), **_float_fields(ToMember)}
-_NEVER_ZERO = (Welcome,)
+_DURATIONS = {**_float_fields(ToLighthouse), **_float_fields(ToMember), **_float_fields(ToNode)}
+_NEVER_ZERO = (Welcome, NodeWelcome)
 
 
-def _wrong_duration(message: ToLighthouse | ToMember) -> str:
+def _wrong_duration(message: LinkMessage) -> str:
     for name in _DURATIONS.get(type(message), ()):
         value = getattr(message, name)
         if not math.isfinite(value) or value < 0 or (value == 0 and isinstance(message, _NEVER_ZERO)):

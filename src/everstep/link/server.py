@@ -9,14 +9,15 @@ import asyncio
 import itertools
 import logging
 import struct
-from collections.abc import Iterable
-from typing import Protocol
+from collections.abc import Callable, Iterable
+from typing import Any, Protocol
 
 import aiohttp
 from aiohttp import web
 
 from everstep import fork_guard
-from everstep.core.messages import Refused, ToLighthouse, ToMember
+from everstep.core.messages import Refused, ToLighthouse
+from everstep.core.node_messages import FromNode
 from everstep.core.types import RefusalCode, RemoteProtocolError
 from everstep.link import auth, codec
 from everstep.link.sockets import tune
@@ -45,6 +46,15 @@ class LinkListener(Protocol):
     def closed(self, link: int, detail: str) -> None: ...
 
 
+class NodeListener(Protocol):
+    """The same for nodes, which speak with a rendezvous."""
+
+    def admit(self, job_id: str) -> Refused | None: ...
+    def opened(self, link: int, job_id: str) -> None: ...
+    def message(self, link: int, message: FromNode) -> None: ...
+    def closed(self, link: int, detail: str) -> None: ...
+
+
 class LinkServer:
     """`handle` is the aiohttp handler of the link's path. Link numbers are never used twice."""
 
@@ -53,10 +63,13 @@ class LinkServer:
         listener: LinkListener,
         token: bytes | None,
         *,
+        nodes: NodeListener | None = None,
         handshake_s: float = auth.HANDSHAKE_S,
         first_word_s: float = FIRST_WORD_S,
     ) -> None:
-        self._listener = listener
+        self._roles: dict[str, tuple[Any, Callable[[bytes], Any]]] = {"member": (listener, codec.decode_to_lighthouse)}
+        if nodes is not None:
+            self._roles["node"] = (nodes, codec.decode_from_node)
         self._token = token
         self._handshake_s = handshake_s
         self._first_word_s = first_word_s
@@ -104,7 +117,7 @@ class LinkServer:
             link.cut()
         return websocket
 
-    def send(self, message: ToMember, links: Iterable[int]) -> None:
+    def send(self, message: codec.LinkMessage, links: Iterable[int]) -> None:
         """Queue a message on each link that still is open."""
         frame: bytes | None = None
         for number in links:
@@ -160,7 +173,9 @@ class LinkServer:
         verdict = auth.judge(self._token, asked, answer)
         if isinstance(verdict, Refused):
             return verdict
-        refusal = self._listener.admit(answer.job_id)
+        if answer.role not in self._roles:
+            return Refused(RefusalCode.BAD_CONFIG, f"there is nobody here to talk to a {answer.role}")
+        refusal: Refused | None = self._roles[answer.role][0].admit(answer.job_id)
         if refusal is not None:
             return refusal
         link.write(_frame(_BINARY, auth.encode(verdict)))
@@ -175,7 +190,8 @@ class LinkServer:
         if self._is_closed:
             return
         self._links[link.number] = link
-        self._listener.opened(link.number, opening.job_id)
+        link.listener, link.decode = self._roles[opening.role]
+        link.listener.opened(link.number, opening.job_id)
         detail = "the server failed"
         try:
             detail = await self._read(link, websocket)
@@ -193,10 +209,10 @@ class LinkServer:
                 if link.why_closed:
                     continue
                 try:
-                    message = codec.decode_to_lighthouse(received.data)
+                    message = link.decode(received.data)
                 except RemoteProtocolError as error:
                     return self._drop(link, str(error))
-                self._listener.message(link.number, message)
+                link.listener.message(link.number, message)
             elif received.type is aiohttp.WSMsgType.PING:
                 # Not left to aiohttp, which would answer behind our close, and wait for a slow reader.
                 self._write(link, _frame(_PONG, received.data))
@@ -222,7 +238,7 @@ class LinkServer:
 
     def _forget(self, link: "_Link", detail: str) -> None:
         if self._links.pop(link.number, None) is not None:
-            self._listener.closed(link.number, detail)
+            link.listener.closed(link.number, detail)
 
     def _fds(self) -> list[int]:
         return [link.fd for link in tuple(self._connections) if link.fd >= 0 and not link.transport.is_closing()]
@@ -236,6 +252,8 @@ class _Link:
         self.transport = transport
         self.address = address
         self.why_closed = ""
+        self.listener: Any = None  # who hears of it, once it is authenticated, and in which messages
+        self.decode: Callable[[bytes], Any] = codec.decode_to_lighthouse
         self.fd = tune(transport.get_extra_info("socket"))
 
     def write(self, frame: bytes) -> bool:

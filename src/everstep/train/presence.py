@@ -71,7 +71,7 @@ class Presence:
         self.server: RecoveryServer | None = None
         self._replica: Replica | Follower | None = None
         self._driver: Driver[Any] | None = None
-        self._client: LinkClient | None = None
+        self._client: LinkClient[ToMember] | None = None
         self._store: HostedStore | None = None
         self._fetch: Fetch | None = None
         self._paths = PathWatch(self._long_wait, self._no_answer)
@@ -191,7 +191,7 @@ class Presence:
             match effect:
                 case Send(message, _):
                     if self._client is not None:
-                        self._client.send(message)  # type: ignore[arg-type]
+                        self._client.send(message)
                 case Sever(up_to):
                     self.group.abort(up_to)
                     if self._fetch is not None:

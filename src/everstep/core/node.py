@@ -1,0 +1,170 @@
+"""A node's side of a rendezvous: what it knows, what it says, and what it asked for. Time is not its business.
+
+Its shell sends what these methods return on the link that is open now, or not at all: on the next link `link_up` says
+everything again.
+"""
+
+import enum
+
+import msgspec
+
+from everstep.core.node_messages import (
+    CloseRendezvous,
+    CloseScope,
+    FromNode,
+    HostStore,
+    JoinRound,
+    LeaveRendezvous,
+    NodeHello,
+    NodeRefusal,
+    NodeRefused,
+    NodeSpec,
+    NodesWaiting,
+    NodeWelcome,
+    RendezvousClosed,
+    RoundComplete,
+    RoundDissolved,
+    RoundInfo,
+    StoreHosted,
+    ToNode,
+)
+from everstep.core.types import LocalProtocolError, RendezvousRound
+
+
+class NodeStage(enum.Enum):
+    """What this node is doing."""
+
+    IDLE = "idle"  # in no round, and not asking for one
+    JOINING = "joining"
+    MEMBER = "member"  # of `last`, which stands as far as this node knows
+
+
+class NodeMachine:
+    """One node of one (job, group). `spec.nonce` names the process; after an eviction it goes on under another."""
+
+    def __init__(self, group: str, spec: NodeSpec) -> None:
+        self._group = group
+        self._process = spec.nonce
+        self._evictions = 0
+        self._lighthouse = ""
+        self._is_registered = False  # on the link that is open
+        self.spec = spec
+        self.stage = NodeStage.IDLE
+        self.last: RoundInfo | None = None  # the last completed round it was in
+        self.host: RendezvousRound | None = None  # it is asked to open the store of this round
+        self.waiting = 0  # nodes for which there is room in the next round
+        self.closed: RendezvousClosed | None = None
+        self.refusal: NodeRefused | None = None  # to be told at the next call
+        self.why_dissolved = ""
+        self.welcome: NodeWelcome | None = None
+
+    # ---- the link
+
+    def link_up(self) -> list[FromNode]:
+        self._is_registered = False
+        return [self._hello()]
+
+    def link_down(self) -> None:
+        self._is_registered = False
+        self.host = None
+
+    def receive(self, message: ToNode) -> list[FromNode]:
+        match message:
+            case NodeWelcome(lighthouse):
+                self._lighthouse, self._is_registered, self.welcome = lighthouse, True, message
+            case HostStore(round_):
+                if self.stage is NodeStage.JOINING:
+                    self.host = round_
+            case RoundComplete(info):
+                self._complete(info)
+            case RoundDissolved(round_, reason):
+                if self.stage is NodeStage.MEMBER and self.last is not None and self.last.round == round_:
+                    self.stage, self.why_dissolved, self.waiting = NodeStage.IDLE, reason, 0
+            case NodesWaiting(count):
+                self.waiting = count
+            case RendezvousClosed():
+                self._close(message)
+            case NodeRefused():
+                return self._refuse(message)
+        return []
+
+    def _complete(self, info: RoundInfo) -> None:
+        if self.stage is NodeStage.JOINING and (self.last is None or self.last.round != info.round):
+            self.stage, self.last, self.host = NodeStage.MEMBER, info, None
+            self.waiting, self.why_dissolved = 0, ""
+
+    def _close(self, message: RendezvousClosed) -> None:
+        if self.closed is None or self.closed.scope is CloseScope.ROUND:
+            self.closed = message
+        if self.stage is NodeStage.JOINING:
+            self.stage, self.host = NodeStage.IDLE, None
+
+    def _refuse(self, refusal: NodeRefused) -> list[FromNode]:
+        if refusal.nonce and refusal.nonce != self.spec.nonce:
+            return []
+        if refusal.code is not NodeRefusal.TIMEOUT:
+            self._is_registered = False
+        was_joining = self.stage is NodeStage.JOINING
+        self.stage, self.host, self.waiting = NodeStage.IDLE, None, 0
+        if refusal.code is NodeRefusal.EVICTED:
+            self._evictions += 1
+            self.spec = msgspec.structs.replace(self.spec, nonce=f"{self._process}.{self._evictions}")
+            if was_joining:  # it is where an evicted node belongs: among the newcomers
+                self.stage = NodeStage.JOINING
+            else:
+                self.refusal = refusal
+            return [self._hello()]
+        self.refusal = refusal
+        return []
+
+    def _hello(self) -> NodeHello:
+        return NodeHello(
+            group=self._group,
+            node=self.spec,
+            lighthouse=self._lighthouse,
+            last=self.last,
+            is_member=self.stage is NodeStage.MEMBER,
+            is_joining=self.stage is NodeStage.JOINING,
+            is_closed=self.closed is not None and self.closed.scope is CloseScope.JOB,
+        )
+
+    # ---- calls
+
+    @property
+    def needs_new_round(self) -> bool:
+        """Its round is over although it did not ask for that, or others wait to be let in."""
+        return self.waiting > 0 or (self.stage is NodeStage.IDLE and bool(self.why_dissolved))
+
+    def take_refusal(self) -> NodeRefused | None:
+        """What this node has to be told, once."""
+        refusal, self.refusal = self.refusal, None
+        return refusal
+
+    def join(self) -> list[FromNode]:
+        """Ask for the next round; the one it is in, if any, is over for it."""
+        if self.stage is NodeStage.JOINING:
+            return []
+        if self.closed is not None and self.closed.scope is CloseScope.ROUND:
+            self.closed = None
+        self.stage, self.refusal, self.waiting, self.why_dissolved = NodeStage.JOINING, None, 0, ""
+        if not self._is_registered:
+            return [self._hello()]
+        return [JoinRound(self.last.round if self.last is not None else None)]
+
+    def hosted(self, round_: RendezvousRound, address: str) -> list[FromNode]:
+        """The store of the round that it was asked to host is open there."""
+        if self.host != round_:
+            return []
+        self.host = None
+        return [StoreHosted(round_, address)]
+
+    def leave(self, reason: str) -> list[FromNode]:
+        self.stage, self.host, self.waiting = NodeStage.IDLE, None, 0
+        self.why_dissolved = ""
+        self._is_registered = False
+        return [LeaveRendezvous(reason)]
+
+    def close(self, scope: CloseScope, reason: str) -> list[FromNode]:
+        if len(reason) > 1000:
+            raise LocalProtocolError(f"a reason of {len(reason)} characters")
+        return [CloseRendezvous(scope, reason)]

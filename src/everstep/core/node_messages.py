@@ -1,0 +1,212 @@
+"""Messages between the nodes of a job and its rendezvous. The tables in docs/protocol.md are generated from this file.
+
+A completed round is told to each of its nodes in a few bytes: its rank, how many take part, where the store is. Nobody
+needs the list of nodes, so no message has one. The rules of version skew are those of messages.py.
+"""
+
+import enum
+
+import msgspec
+
+from everstep.core.ranks import RankPolicy
+from everstep.core.types import RendezvousRound
+
+
+class CloseScope(str, enum.Enum):
+    """What is closed."""
+
+    ROUND = "round"  # the round that is complete or forming; the nodes may join the next
+    JOB = "job"  # this rendezvous for good
+
+
+class NodeRefusal(str, enum.Enum):
+    """Why a node is turned away."""
+
+    EVICTED = "evicted"  # from the round it was in: nothing was heard of it for too long; it may join as a newcomer
+    TIMEOUT = "timeout"  # min_nodes were not reached in time; not retryable
+    NODE_ID_TAKEN = "node-id-taken"  # by another live process
+    BAD_CONFIG = "bad-config"  # it contradicts itself, or the nodes that are here
+
+
+class StoreOp(str, enum.Enum):
+    """An operation on the round's store; named as in torch.distributed.Store."""
+
+    SET = "set"
+    GET = "get"  # waits for its keys, as multi_get does
+    ADD = "add"
+    COMPARE_SET = "compare_set"  # values: expected, desired
+    WAIT = "wait"
+    CHECK = "check"
+    DELETE_KEY = "delete_key"
+    NUM_KEYS = "num_keys"
+    LIST_KEYS = "list_keys"
+    APPEND = "append"
+    QUEUE_PUSH = "queue_push"
+    QUEUE_POP = "queue_pop"
+    QUEUE_LEN = "queue_len"
+    CANCEL = "cancel"  # nobody waits for the answer to the call `amount` any more
+
+
+class StoreStatus(str, enum.Enum):
+    """How an operation ended."""
+
+    OK = "ok"
+    ROUND_OVER = "round-over"  # the round is dissolved, and its store with it
+    BAD_CALL = "bad-call"  # `detail` says what is wrong with it
+    FULL = "full"  # a bound of the store is reached; `detail` says which
+
+
+class NodeSpec(msgspec.Struct, frozen=True, kw_only=True):
+    """A node, and what it wants. `node_id` is its name in every round; `nonce` names its process."""
+
+    node_id: str
+    nonce: str
+    min_nodes: int = 1
+    max_nodes: int = 1
+    join_timeout_s: float = 600.0  # for min_nodes to come together
+    last_call_s: float = 5.0  # to wait for more once there are min_nodes
+    ranks: RankPolicy = RankPolicy.PREVIOUS
+    infrastructure_rank: int | None = None  # SLURM_PROCID, else GROUP_RANK
+    domain: str = ""  # for RankPolicy.TOPOLOGY: nodes that share a switch, say
+    domain_size: int = 0  # nodes that make a domain whole; 0: as many as the largest has
+
+
+class RoundInfo(msgspec.Struct, frozen=True, array_like=True):
+    """A completed round as one of its nodes knows it."""
+
+    round: RendezvousRound
+    rank: int
+    size: int
+    store: str
+
+
+# ---- node to lighthouse
+
+
+class NodeHello(msgspec.Struct, frozen=True, kw_only=True, tag="node_hello"):
+    """First message on every (re)connected link of a node: everything a lighthouse that has just started must know."""
+
+    group: str
+    node: NodeSpec
+    lighthouse: str = ""  # as NodeWelcome named it last
+    last: RoundInfo | None = None  # the last completed round it was in
+    is_member: bool = False  # and it has not heard that this round is over
+    is_joining: bool = False
+    is_closed: bool = False  # it knows that this rendezvous is closed for good
+
+
+class JoinRound(msgspec.Struct, frozen=True, tag="join_round"):
+    """Wants into the next round. `known` is the last completed one it was in: that one is over for it."""
+
+    known: RendezvousRound | None = None
+
+
+class StoreHosted(msgspec.Struct, frozen=True, tag="store_hosted"):
+    """Answer to HostStore."""
+
+    round: RendezvousRound
+    address: str  # host:port
+
+
+class LeaveRendezvous(msgspec.Struct, frozen=True, tag="leave_rendezvous"):
+    """The node goes, on purpose: at once, with no grace."""
+
+    reason: str = ""
+
+
+class CloseRendezvous(msgspec.Struct, frozen=True, tag="close_rendezvous"):
+    """Asks to close it, for all nodes."""
+
+    scope: CloseScope
+    reason: str = ""
+
+
+class NodeHeartbeat(msgspec.Struct, frozen=True, tag="node_heartbeat"):
+    """Alive."""
+
+
+class StoreCall(msgspec.Struct, frozen=True, tag="store_call"):
+    """One operation on the store of `round`; answered by the StoreReply of the same number."""
+
+    number: int
+    round: RendezvousRound
+    op: StoreOp
+    keys: tuple[str, ...] = ()
+    values: tuple[bytes, ...] = ()
+    amount: int = 0  # of ADD; of QUEUE_POP: 1 waits for an element
+
+
+# ---- lighthouse to node
+
+
+class NodeWelcome(msgspec.Struct, frozen=True, tag="node_welcome"):
+    """Answer to NodeHello."""
+
+    lighthouse: str  # names this life of the rendezvous
+    heartbeat_interval_s: float
+    heartbeat_timeout_s: float
+
+
+class HostStore(msgspec.Struct, frozen=True, tag="host_store"):
+    """To rank 0 of a round whose nodes are chosen: open its store, and say where (StoreHosted)."""
+
+    round: RendezvousRound
+    size: int
+
+
+class RoundComplete(msgspec.Struct, frozen=True, tag="round_complete"):
+    """The round stands."""
+
+    info: RoundInfo
+
+
+class RoundDissolved(msgspec.Struct, frozen=True, tag="round_dissolved"):
+    """The round is over; join the next."""
+
+    round: RendezvousRound
+    reason: str
+
+
+class NodesWaiting(msgspec.Struct, frozen=True, tag="nodes_waiting"):
+    """So many nodes wait for the next round, and there is room for them in it."""
+
+    count: int
+
+
+class RendezvousClosed(msgspec.Struct, frozen=True, tag="rendezvous_closed"):
+    """It is closed, for everybody."""
+
+    scope: CloseScope
+    reason: str
+    was_spare: bool = False  # this node waited beside a full round
+
+
+class NodeRefused(msgspec.Struct, frozen=True, tag="node_refused"):
+    """Turned away; `detail` says why, and what to change. `nonce` says whom it concerns."""
+
+    code: NodeRefusal
+    detail: str
+    nonce: str = ""
+
+
+class StoreReply(msgspec.Struct, frozen=True, tag="store_reply"):
+    """How a StoreCall ended."""
+
+    number: int
+    status: StoreStatus = StoreStatus.OK
+    values: tuple[bytes, ...] = ()
+    amount: int = 0  # a count, a sum, or 1 for yes
+    detail: str = ""
+
+
+FromNode = NodeHello | JoinRound | StoreHosted | LeaveRendezvous | CloseRendezvous | NodeHeartbeat | StoreCall
+ToNode = (
+    NodeWelcome
+    | HostStore
+    | RoundComplete
+    | RoundDissolved
+    | NodesWaiting
+    | RendezvousClosed
+    | NodeRefused
+    | StoreReply
+)

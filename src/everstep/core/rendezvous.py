@@ -1,0 +1,274 @@
+"""One rendezvous: the nodes of one (job, group) agree on who takes part, with which rank, and where the store is.
+
+This file says who is here: who came, who is dead, who came back. core/rounds.py says what they agree on. Nothing is
+journalled: after a restart of the lighthouse the nodes say what they are in (NodeHello), and the round is put together
+again from what they say. Until `return_timeout_s` have passed no new round begins then.
+"""
+
+import dataclasses
+
+from everstep.core.events import EventKind, JobEvent
+from everstep.core.messages import Cause, Close, Effect, Log, Publish, SendToNodes
+from everstep.core.node_messages import (
+    CloseRendezvous,
+    CloseScope,
+    FromNode,
+    JoinRound,
+    LeaveRendezvous,
+    NodeHeartbeat,
+    NodeHello,
+    NodeRefusal,
+    NodeRefused,
+    NodeWelcome,
+    RendezvousClosed,
+    StoreCall,
+    StoreHosted,
+)
+from everstep.core.rendezvous_nodes import Evictions, Lost, Node, NodeRoster, RendezvousConfig
+from everstep.core.rounds import Rounds, Stage
+from everstep.core.types import RendezvousRound
+
+__all__ = ["NodeLinkClosed", "NodeMessage", "RendezvousConfig", "RendezvousEvent", "RendezvousMachine", "Stage"]
+
+REASON_CHARS_MAX = 200
+
+
+@dataclasses.dataclass(frozen=True)
+class NodeMessage:
+    link: int
+    message: FromNode
+
+
+@dataclasses.dataclass(frozen=True)
+class NodeLinkClosed:
+    link: int
+    detail: str = ""
+
+
+RendezvousEvent = NodeMessage | NodeLinkClosed
+
+
+class RendezvousMachine:
+    """Links are numbered by the shell; a closed link's number never comes back."""
+
+    def __init__(self, config: RendezvousConfig) -> None:
+        self._config = config
+        self._roster = NodeRoster(config)
+        self._rounds = Rounds(config, self._roster)
+        self._evictions = Evictions()
+        self._contending: dict[int, str] = {}  # links of second processes with one node_id
+        self._settled_at = 0.0
+        self._return_until: float | None = None  # until then, nodes of a round of before may come back
+        self._closed: str | None = None  # why
+        self._closed_until: float | None = None
+
+    # ---- the machine contract
+
+    def start(self, now: float) -> list[Effect]:
+        self._settled_at = now + self._config.return_timeout_s
+        if self._config.is_return:
+            self._return_until = self._settled_at
+        return []
+
+    def receive(self, event: RendezvousEvent, now: float) -> list[Effect]:
+        if isinstance(event, NodeMessage):
+            out = self._message(event.link, event.message, now)
+        else:
+            out = self._link_closed(event.link, event.detail, now)
+        return out + self.tick(now)
+
+    def tick(self, now: float) -> list[Effect]:
+        out: list[Effect] = []
+        for lost in self._roster.expired(now):
+            out += self._lose(lost, now)
+        if self._rounds.host_until is not None and now >= self._rounds.host_until and self._rounds.host is not None:
+            detail = f"it opened no store for the round within {self._config.host_timeout_s:g} s"
+            out += self._lose(Lost(self._rounds.host, Cause.NO_READY, detail), now)
+        if self._return_until is not None and now >= self._return_until:
+            self._return_until = None
+            if self._rounds.is_short:
+                missing = self._rounds.size - len(self._rounds.ranks)
+                out += self._rounds.dissolve(f"{missing} nodes did not come back after a restart of the lighthouse")
+        if self._closed_until is not None and now >= self._closed_until:
+            self._closed, self._closed_until, self._rounds.is_closed = None, None, False
+        if self._return_until is None and self._closed is None:
+            out += self._rounds.form(now)
+        return out + self._rounds.tell_waiting(now)
+
+    def next_deadline(self) -> float | None:
+        deadlines = [
+            self._roster.next_deadline(),
+            self._rounds.host_until,
+            self._rounds.next_telling(),
+            self._return_until,
+            self._closed_until,
+        ]
+        if self._return_until is None and self._closed is None:
+            deadlines.append(self._rounds.next_forming_deadline())
+        return min((d for d in deadlines if d is not None), default=None)
+
+    @property
+    def is_idle(self) -> bool:
+        """Nobody is here, and nothing is remembered that somebody could ask for."""
+        return not self._roster.nodes and self._closed is None and self._return_until is None
+
+    def status(self) -> dict[str, object]:
+        """Plain JSON values, for people."""
+        return {**self._rounds.status(), "nodes": len(self._roster.nodes), "closed": self._closed}
+
+    # ---- messages
+
+    def _message(self, link: int, message: FromNode, now: float) -> list[Effect]:
+        if isinstance(message, NodeHello):
+            return self._hello(link, message, now)
+        node = self._roster.on(link)
+        if node is None:
+            return []  # of one that was refused, and has not read it yet
+        self._roster.heard(node.spec.node_id, now)
+        out = self._refuse_contender(node)
+        match message:
+            case NodeHeartbeat():
+                pass
+            case JoinRound(known):
+                out += self._join(node, known)
+            case StoreHosted(round_, address):
+                out += self._rounds.hosted(node, round_, address)
+            case LeaveRendezvous(reason):
+                out += self._remove(node, f"it left: {reason[:REASON_CHARS_MAX]}" if reason else "it left", now)
+            case CloseRendezvous(scope, reason):
+                out += self._close(scope, f"node {node.spec.node_id}: {reason[:REASON_CHARS_MAX]}")
+            case StoreCall():
+                out += self._rounds.call_store(node, link, message)
+        return out
+
+    def _hello(self, link: int, hello: NodeHello, now: float) -> list[Effect]:
+        spec = hello.node
+        out: list[Effect] = []
+        reason = self._evictions.reason(spec)
+        if reason is not None:
+            return [_refusal(link, hello, NodeRefusal.EVICTED, f"this node was turned out of its round: {reason}")]
+        old = self._roster.nodes.get(spec.node_id)
+        if old is not None and old.spec.nonce != spec.nonce:
+            if old.link is not None and old.link != link:
+                return self._contend(old, link, hello)
+            out += self._lose(Lost(spec.node_id, Cause.SUPERSEDED, "a new process has its node_id"), now)
+        flaw = self._roster.flaw(hello)
+        if flaw:
+            return [*out, _refusal(link, hello, NodeRefusal.BAD_CONFIG, flaw)]
+        if spec.node_id not in self._roster.nodes:
+            out.append(Log("node came", {"group": self._config.group, "node": spec.node_id}))
+        node = self._roster.register(spec, link, now)
+        config = self._config
+        out.append(
+            SendToNodes(NodeWelcome(config.life, config.heartbeat_interval_s, config.heartbeat_timeout_s), (link,)),
+        )
+        return out + self._go_on(node, hello, now)
+
+    def _go_on(self, node: Node, hello: NodeHello, now: float) -> list[Effect]:
+        """Where this node stood when its link, or the lighthouse, went."""
+        out: list[Effect] = []
+        if hello.lighthouse not in ("", self._config.life) and now < self._settled_at:
+            self._return_until = self._settled_at  # this lighthouse has lost its memory: others will come back too
+        if hello.is_closed:
+            out += self._close(CloseScope.JOB, "closed before the lighthouse was started again")
+        elif self._closed is not None:
+            out.append(SendToNodes(RendezvousClosed(CloseScope.JOB, self._closed), self._links(node)))
+        last = hello.last
+        if last is not None:
+            self._rounds.heard_of(last.round)
+            if hello.is_member and self._rounds.is_in(node.spec.node_id, last.round):
+                out += self._rounds.tell(node)
+            elif hello.is_member:
+                out += self._rounds.take_up(node, last, self._return_until is not None)
+                if self._rounds.stage is Stage.COMPLETE and not self._rounds.is_short:
+                    self._return_until = None
+        if hello.is_joining:
+            out += self._join(node, last.round if last is not None else None)
+        return out
+
+    # ---- coming and going
+
+    def _join(self, node: Node, known: RendezvousRound | None) -> list[Effect]:
+        if self._closed is not None:
+            return [SendToNodes(RendezvousClosed(CloseScope.JOB, self._closed), self._links(node))]
+        return self._rounds.join(node, known)
+
+    def _close(self, scope: CloseScope, why: str) -> list[Effect]:
+        if self._closed is not None:
+            return []
+        if scope is CloseScope.JOB:
+            self._closed, self._rounds.is_closed = why, True
+        return self._rounds.close(scope, why)
+
+    def _contend(self, old: Node, link: int, hello: NodeHello) -> list[Effect]:
+        """Another process has this id. Whoever holds it keeps it if it is heard of again; if not, it is dead."""
+        if old.contender is not None and old.contender[0] != link:
+            return [_refusal(link, hello, NodeRefusal.NODE_ID_TAKEN, _taken(hello))]
+        old.contender = (link, hello)
+        self._contending[link] = hello.node.node_id
+        return []
+
+    def _refuse_contender(self, node: Node) -> list[Effect]:
+        if node.contender is None:
+            return []
+        (link, hello), node.contender = node.contender, None
+        self._contending.pop(link, None)
+        return [_refusal(link, hello, NodeRefusal.NODE_ID_TAKEN, _taken(hello))]
+
+    def _link_closed(self, link: int, detail: str, now: float) -> list[Effect]:
+        contended = self._contending.pop(link, None)
+        holder = self._roster.nodes.get(contended) if contended is not None else None
+        if holder is not None and holder.contender is not None and holder.contender[0] == link:
+            holder.contender = None
+        self._rounds.store_link_closed(link)
+        self._roster.link_closed(link, detail or "its link closed", now)
+        return []
+
+    def _lose(self, lost: Lost, now: float) -> list[Effect]:
+        """A node is dead, as far as can be told. One that was silent in its round hears of that when it comes back."""
+        node = self._roster.nodes.get(lost.node_id)
+        if node is None:
+            return []
+        out: list[Effect] = []
+        is_in_round = self._rounds.stage is Stage.COMPLETE and lost.node_id in self._rounds.ranks
+        if is_in_round and lost.cause is not Cause.LINK_CLOSED:
+            self._evictions.add(node.spec, lost.detail)
+            event = JobEvent(
+                kind=EventKind.NODE_EVICTED,
+                group=self._config.group,
+                node=lost.node_id,
+                cause=lost.cause,
+                evidence=lost.detail,
+            )
+            out.append(Publish(event))
+        if node.link is not None:
+            out.append(Close(node.link, lost.detail))
+        return out + self._remove(node, f"{lost.cause.value}, {lost.detail}", now)
+
+    def _remove(self, node: Node, why: str, now: float) -> list[Effect]:
+        node_id = node.spec.node_id
+        if node.link is not None:
+            self._rounds.store_link_closed(node.link)
+        self._roster.remove(node_id)
+        out: list[Effect] = [Log("node gone", {"group": self._config.group, "node": node_id, "why": why})]
+        out += self._rounds.gone(node_id, why, now)
+        if self._closed is not None and not self._roster.nodes:
+            self._closed_until = now + self._config.closed_kept_s
+        if node.contender is not None:
+            self._contending.pop(node.contender[0], None)
+            out += self._hello(*node.contender, now)
+        return out
+
+    def _links(self, node: Node) -> tuple[int, ...]:
+        return (node.link,) if node.link is not None else ()
+
+
+def _refusal(link: int, hello: NodeHello, code: NodeRefusal, detail: str) -> SendToNodes:
+    return SendToNodes(NodeRefused(code, detail, hello.node.nonce), (link,))
+
+
+def _taken(hello: NodeHello) -> str:
+    return (
+        f"node id {hello.node.node_id} belongs to another live process of group {hello.group!r}: give each node an id "
+        "of its own"
+    )

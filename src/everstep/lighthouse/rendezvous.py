@@ -1,0 +1,203 @@
+"""The rendezvous of a lighthouse: one machine a (job, group), started by the first node that names it."""
+
+import asyncio
+import logging
+import secrets
+from collections.abc import Callable, Iterable
+from typing import Protocol
+
+from everstep.config import LighthouseSettings
+from everstep.core.events import JobEvent
+from everstep.core.messages import Close, Effect, Log, Publish, Refused, SendToNodes
+from everstep.core.node_messages import FromNode, NodeHello, ToNode
+from everstep.core.rendezvous import (
+    NodeLinkClosed,
+    NodeMessage,
+    RendezvousConfig,
+    RendezvousEvent,
+    RendezvousMachine,
+)
+from everstep.core.types import REPLICA_ID_CHARS_MAX
+from everstep.lighthouse.job import plain
+from everstep.link.driver import Driver
+
+GROUPS_MAX = 20_000  # of all jobs together
+
+log = logging.getLogger("everstep.rendezvous")
+
+
+class NodeLinks(Protocol):
+    """What a rendezvous needs of LinkServer."""
+
+    def send(self, message: ToNode, links: Iterable[int], /) -> None: ...
+    def close_link(self, number: int, reason: str, /) -> None: ...
+
+
+class JobsHere(Protocol):
+    """What it needs of the jobs: a node's first link starts its job, as a member's does."""
+
+    def admit(self, job_id: str, /) -> Refused | None: ...
+    def is_return(self, job_id: str, /) -> bool: ...
+    def publish(self, job_id: str, event: JobEvent, /) -> None: ...
+
+
+class RendezvousDesk:
+    """Hands the nodes' links to the rendezvous they name (it is the server's NodeListener). On the server's loop."""
+
+    def __init__(self, settings: LighthouseSettings, jobs: JobsHere) -> None:
+        self._settings = settings
+        self._jobs = jobs
+        self._links: NodeLinks | None = None
+        self._job_of: dict[int, str] = {}
+        self._rendezvous_of: dict[int, _Rendezvous] = {}
+        self._open: dict[tuple[str, str], _Rendezvous] = {}
+
+    def attach(self, links: NodeLinks) -> None:
+        self._links = links
+
+    def close(self) -> None:
+        """No machine hears or says anything any more."""
+        for rendezvous in self._open.values():
+            rendezvous.close()
+        self._open.clear()
+        self._rendezvous_of.clear()
+        self._job_of.clear()
+
+    def status(self, job_id: str) -> dict[str, object]:
+        """Of each group."""
+        return {r.config.group: r.machine.status() for (job, _), r in self._open.items() if job == job_id}
+
+    def has_nodes(self, job_id: str) -> bool:
+        return job_id in self._job_of.values()
+
+    # ---- links
+
+    def admit(self, job_id: str) -> Refused | None:
+        return self._jobs.admit(job_id)
+
+    def opened(self, link: int, job_id: str) -> None:
+        self._job_of[link] = job_id
+
+    def message(self, link: int, message: FromNode) -> None:
+        rendezvous = self._rendezvous_of.get(link)
+        if rendezvous is None:
+            if not isinstance(message, NodeHello):
+                self._end(link, f"{type(message).__name__} before NodeHello")
+                return
+            found = self._find(self._job_of[link], message.group)
+            if isinstance(found, str):
+                self._end(link, found)
+                return
+            rendezvous = self._rendezvous_of[link] = found
+            rendezvous.links[link] = None
+        elif isinstance(message, NodeHello) and message.group != rendezvous.config.group:
+            self._end(link, "a link is for one group")
+            return
+        rendezvous.receive(NodeMessage(link, message))
+
+    def closed(self, link: int, detail: str) -> None:
+        self._job_of.pop(link, None)
+        rendezvous = self._rendezvous_of.pop(link, None)
+        if rendezvous is not None:
+            rendezvous.links.pop(link, None)
+            rendezvous.receive(NodeLinkClosed(link, detail))
+
+    def _end(self, link: int, reason: str) -> None:
+        assert self._links is not None
+        self._links.close_link(link, reason)
+
+    # ---- machines
+
+    def _find(self, job_id: str, group: str) -> "_Rendezvous | str":
+        """The rendezvous, or why there can be none."""
+        found = self._open.get((job_id, group))
+        if found is not None:
+            return found
+        if len(group) > REPLICA_ID_CHARS_MAX or not (group.isprintable() or not group):
+            return f"a group's name has at most {REPLICA_ID_CHARS_MAX} printable characters"
+        if len(self._open) >= GROUPS_MAX and not self._make_room():
+            return f"the lighthouse serves {GROUPS_MAX} rendezvous, its limit"
+        config = RendezvousConfig(
+            job_id=job_id,
+            group=group,
+            life=secrets.token_hex(4),
+            is_return=self._jobs.is_return(job_id),
+            heartbeat_interval_s=self._settings.node_timeout_s / 4,
+            heartbeat_timeout_s=self._settings.node_timeout_s,
+            link_grace_s=self._settings.link_grace_s,
+        )
+        assert self._links is not None
+        opened = _Rendezvous(config, self._links, self._jobs.publish, self._crashed)
+        self._open[job_id, group] = opened
+        opened.start()
+        return opened
+
+    def _make_room(self) -> bool:
+        for key, rendezvous in self._open.items():
+            if not rendezvous.links and rendezvous.machine.is_idle:
+                rendezvous.close()
+                del self._open[key]
+                return True
+        return False
+
+    def _crashed(self, rendezvous: "_Rendezvous", error: Exception) -> None:
+        """A bug. This rendezvous starts anew; its nodes come back and say what they are in."""
+        config = rendezvous.config
+        log.error("rendezvous crashed job=%r group=%r; it starts anew", config.job_id, config.group, exc_info=error)
+        self._open.pop((config.job_id, config.group), None)
+        for link in list(rendezvous.links):
+            self._rendezvous_of.pop(link, None)
+            self._end(link, "the lighthouse met a bug in this rendezvous; it starts anew")
+
+
+class _Rendezvous:
+    """One machine, its clock, and its effects."""
+
+    def __init__(
+        self,
+        config: RendezvousConfig,
+        links: NodeLinks,
+        publish: Callable[[str, JobEvent], None],
+        on_crash: Callable[["_Rendezvous", Exception], None],
+    ) -> None:
+        self.config = config
+        self.machine = RendezvousMachine(config)
+        self.links: dict[int, None] = {}
+        self._links = links
+        self._publish = publish
+        self._on_crash = on_crash
+        self._driver: Driver[RendezvousEvent] = Driver(self.machine, self._perform, on_crash=self._crashed)
+
+    def start(self) -> None:
+        self._driver.run(self.machine.start)
+        self._driver.attach(asyncio.get_running_loop())
+
+    def close(self) -> None:
+        self._driver.close()
+
+    def receive(self, event: RendezvousEvent) -> None:
+        try:
+            self._driver.receive(event)
+        except Exception as error:
+            # Boundary between jobs: a bug that one of them met must not end the others.
+            self._crashed(error)
+
+    def _crashed(self, error: Exception) -> None:
+        self._driver.close()
+        self._on_crash(self, error)
+
+    def _perform(self, effects: list[Effect]) -> None:
+        for effect in effects:
+            match effect:
+                case SendToNodes(message, links):
+                    self._links.send(message, links)
+                case Close(link, reason):
+                    self._links.close_link(link, reason)
+                case Publish(event):
+                    self._publish(self.config.job_id, event)
+                case Log(event, fields):
+                    words = "".join(f" {key}={plain(value)}" for key, value in fields.items())
+                    extra = {"everstep": {"event": event, "job_id": self.config.job_id, **fields}}
+                    log.info("%s job=%s%s", event, plain(self.config.job_id), words, extra=extra)
+                case _:
+                    raise AssertionError(f"a rendezvous returned {effect}")

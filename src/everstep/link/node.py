@@ -1,0 +1,265 @@
+"""A node's connection to its rendezvous: blocking calls over a link that has a thread of its own.
+
+An agent is the user: `next_round` until there is one, then run the workers until `needs_new_round`. Nothing is polled:
+what the lighthouse has to say arrives by itself, and `wait_changed` wakes up.
+"""
+
+import asyncio
+import logging
+import threading
+import time
+from collections.abc import Callable
+
+from everstep.core.node import NodeMachine, NodeStage
+from everstep.core.node_messages import (
+    CloseScope,
+    FromNode,
+    NodeHeartbeat,
+    NodeRefusal,
+    NodeSpec,
+    NodeWelcome,
+    RendezvousClosed,
+    RoundInfo,
+    StoreReply,
+    ToNode,
+)
+from everstep.core.types import RendezvousRound
+from everstep.errors import (
+    ConfigError,
+    LighthouseUnreachable,
+    NodeEvicted,
+    RendezvousEnded,
+    RendezvousTimedOut,
+)
+from everstep.link import codec
+from everstep.link.client import LinkClient
+from everstep.link.dial import LinkTarget
+from everstep.link.round_store import RoundStore, StoreCalls
+
+LEAVE_S = 2.0
+
+log = logging.getLogger("everstep.rendezvous")
+
+
+class NodeClient:
+    """One node of one (job, group). `start` first; then any method from any thread, one `next_round` at a time."""
+
+    def __init__(self, target: LinkTarget, group: str, spec: NodeSpec) -> None:
+        self._target = target
+        self._changed = threading.Condition()
+        self._machine = NodeMachine(group, spec)  # under the condition, as all below
+        self._client: LinkClient[ToNode] = LinkClient(target, self, codec.decode_to_node)
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._timer: asyncio.TimerHandle | None = None
+        self._error: Exception | None = None
+        self._is_open = False
+        self._open_changed_at = time.monotonic()
+        self._calls = StoreCalls(self._changed, self._send_one)
+
+    def __enter__(self) -> "NodeClient":
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.shutdown()
+
+    def start(self) -> None:
+        """Returns at once; the link connects by itself, and again whenever it is lost."""
+        self._client.start()
+
+    def shutdown(self, reason: str = "") -> None:
+        """Leave the rendezvous if it can be reached, and end the link and its thread."""
+        with self._changed:
+            messages = self._machine.leave(reason)
+        for message in messages:
+            self._client.send(message)
+        self._client.close(None, LEAVE_S)
+        with self._changed:
+            self._error = self._error or RendezvousEnded("this node has left")
+            self._calls.end("this node has left the rendezvous")
+            self._changed.notify_all()
+
+    # ---- rounds
+
+    def next_round(self, open_store: Callable[[], str]) -> RoundInfo:
+        """Leave the round this node is in, and wait for the next to be complete. Blocks.
+
+        `open_store` is called on this thread if this node is to host the round's store; it returns `host:port`.
+        Raises RendezvousTimedOut, RendezvousEnded, NodeEvicted (once; the next call joins anew), ConfigError,
+        LighthouseRefused and LighthouseUnreachable.
+        """
+        with self._changed:
+            self._raise_if_refused()
+            self._raise_if_ended()
+            self._say(self._machine.join())
+            while True:
+                self._raise_if_refused()
+                self._raise_if_closed()
+                if self._machine.stage is NodeStage.MEMBER:
+                    assert self._machine.last is not None
+                    return self._machine.last
+                host = self._machine.host
+                if host is not None:
+                    self._host(host, open_store)
+                    continue
+                self._changed.wait(self._patience())
+
+    def _host(self, round_: RendezvousRound, open_store: Callable[[], str]) -> None:
+        """Under the lock, which is let go while the store opens."""
+        self._changed.release()
+        try:
+            address = open_store()
+        finally:
+            self._changed.acquire()
+        self._say(self._machine.hosted(round_, address))
+
+    def _patience(self) -> float | None:
+        """How long to wait at most; raises once the lighthouse has been away for the join timeout."""
+        if self._is_open:
+            return None
+        left = self._open_changed_at + self._machine.spec.join_timeout_s - time.monotonic()
+        if left <= 0:
+            raise LighthouseUnreachable(
+                f"no lighthouse at {self._target.url} for {self._machine.spec.join_timeout_s:g} s while this node "
+                "waits for a round: start it again, or correct the endpoint"
+            )
+        return left
+
+    @property
+    def needs_new_round(self) -> bool:
+        """The round is over, or nodes wait for which there is room. Raises NodeEvicted, once. False without a link."""
+        with self._changed:
+            self._raise_if_refused()
+            return self._machine.needs_new_round
+
+    @property
+    def waiting(self) -> int:
+        """Nodes that wait and would find room in the next round; 0 without a lighthouse. Raises NodeEvicted, once."""
+        with self._changed:
+            self._raise_if_refused()
+            return self._machine.waiting if self._is_open else 0
+
+    @property
+    def why_dissolved(self) -> str:
+        with self._changed:
+            return self._machine.why_dissolved
+
+    def wait_changed(self, is_wanted: Callable[["NodeClient"], bool], timeout_s: float) -> bool:
+        """Until `is_wanted(self)`, looked at whenever something has changed. False after `timeout_s`."""
+        with self._changed:
+            return self._changed.wait_for(lambda: is_wanted(self), timeout_s)
+
+    # ---- closing
+
+    @property
+    def closed(self) -> RendezvousClosed | None:
+        with self._changed:
+            return self._machine.closed
+
+    def close(self, scope: CloseScope = CloseScope.JOB, reason: str = "", timeout_s: float = 2.0) -> bool:
+        """Close it for all nodes; whether the lighthouse has confirmed that within the time."""
+        with self._changed:
+            if self._machine.closed is not None:
+                return True
+            self._say(self._machine.close(scope, reason))
+            if not self._is_open:
+                return False
+            return self._changed.wait_for(lambda: self._machine.closed is not None, timeout_s)
+
+    # ---- the round's store
+
+    def store(self, info: RoundInfo) -> RoundStore:
+        """The key-value store of a round that this node is in; it ends with the round."""
+        return RoundStore(self._calls, info.round)
+
+    # ---- the link's thread
+
+    def on_start(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = loop
+
+    def on_open(self) -> None:
+        with self._changed:
+            self._is_open, self._open_changed_at = True, time.monotonic()
+            self._say(self._machine.link_up())
+            self._calls.link_up()
+            self._changed.notify_all()
+
+    def on_message(self, message: ToNode) -> None:
+        with self._changed:
+            if isinstance(message, StoreReply):
+                self._calls.answer(message)
+                return
+            was = self._machine.stage
+            self._say(self._machine.receive(message))
+            if isinstance(message, NodeWelcome):
+                self._beat_every(message.heartbeat_interval_s)
+            if was is NodeStage.MEMBER and self._machine.stage is NodeStage.IDLE:
+                why = self._machine.why_dissolved or (self._machine.refusal.detail if self._machine.refusal else "")
+                log.info("round over node=%s reason=%r", self._machine.spec.node_id, why)
+            self._changed.notify_all()
+
+    def on_close(self, detail: str) -> None:  # noqa: ARG002
+        self._stop_beating()
+        with self._changed:
+            self._is_open, self._open_changed_at = False, time.monotonic()
+            self._machine.link_down()
+            self._calls.link_down()
+            self._changed.notify_all()
+
+    def on_failed(self, error: Exception) -> None:
+        with self._changed:
+            self._error = error
+            self._calls.end(str(error))
+            self._changed.notify_all()
+
+    def _beat_every(self, interval_s: float) -> None:
+        self._stop_beating()
+        assert self._loop is not None
+        self._timer = self._loop.call_later(interval_s, self._beat, interval_s)
+
+    def _beat(self, interval_s: float) -> None:
+        self._client.send(NodeHeartbeat())
+        self._beat_every(interval_s)
+
+    def _stop_beating(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    # ---- under the lock
+
+    def _say(self, messages: list[FromNode]) -> None:
+        for message in messages:
+            self._send_one(message)
+
+    def _send_one(self, message: FromNode) -> bool:
+        return self._client.send(message) == ""
+
+    def _raise_if_refused(self) -> None:
+        if self._error is not None:
+            raise self._error
+        refusal = self._machine.take_refusal()
+        if refusal is None:
+            return
+        match refusal.code:
+            case NodeRefusal.EVICTED:
+                raise NodeEvicted(refusal.detail)
+            case NodeRefusal.TIMEOUT:
+                raise RendezvousTimedOut(refusal.detail)
+            case NodeRefusal.NODE_ID_TAKEN | NodeRefusal.BAD_CONFIG:
+                raise ConfigError(refusal.detail)
+
+    def _raise_if_ended(self) -> None:
+        closed = self._machine.closed
+        if closed is not None and closed.scope is CloseScope.JOB:
+            raise RendezvousEnded(closed.reason, was_spare=closed.was_spare)
+
+    def _raise_if_closed(self) -> None:
+        closed = self._machine.closed
+        if closed is not None and self._machine.stage is NodeStage.IDLE:
+            raise RendezvousEnded(closed.reason, was_spare=closed.was_spare)
+
+    @property
+    def link_address(self) -> str:
+        """This host's address as the lighthouse's network sees it; "" without a link."""
+        return self._client.local_host
