@@ -220,6 +220,37 @@ def _group_settings(rank: int | None, size: int | None, env: Mapping[str, str]) 
     )
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class NodeEnvironment:
+    """What the environment says of a node that torchrun starts an agent on."""
+
+    slurm_number: int | None = None  # SLURM_PROCID
+    slurm_tasks: int | None = None  # SLURM_NTASKS
+    group_rank: int | None = None  # GROUP_RANK
+    tls_ca: str | None = None
+    shares_store: bool = True
+
+    @property
+    def number(self) -> int | None:
+        return self.slurm_number if self.slurm_number is not None else self.group_rank
+
+
+def node_environment(environ: Mapping[str, str] | None = None) -> NodeEnvironment:
+    """Raises ConfigError for a number that is none."""
+    env = os.environ if environ is None else environ
+
+    def number(variable: str) -> int | None:
+        return _count_in(env, variable) if env.get(variable) else None
+
+    return NodeEnvironment(
+        slurm_number=number("SLURM_PROCID"),
+        slurm_tasks=number("SLURM_NTASKS"),
+        group_rank=number("GROUP_RANK"),
+        tls_ca=env.get("EVERSTEP_TLS_CA"),
+        shares_store=env.get("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "0") != "1",  # torch's own switch
+    )
+
+
 def job_token(
     token: bytes | None = None, token_file: str | Path | None = None, environ: Mapping[str, str] | None = None
 ) -> bytes | None:

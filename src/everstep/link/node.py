@@ -133,6 +133,11 @@ class NodeClient:
             return self._machine.needs_new_round
 
     @property
+    def is_open(self) -> bool:
+        """Whether the lighthouse can be reached at this moment."""
+        return self._is_open
+
+    @property
     def waiting(self) -> int:
         """Nodes that wait and would find room in the next round; 0 without a lighthouse. Raises NodeEvicted, once."""
         with self._changed:
