@@ -47,7 +47,7 @@ class NodeMachine:
         self._process = spec.nonce
         self._evictions = 0
         self._lighthouse = ""
-        self._is_registered = False  # on the link that is open
+        self.is_registered = False  # the lighthouse has welcomed it on the link that is open
         self.spec = spec
         self.stage = NodeStage.IDLE
         self.last: RoundInfo | None = None  # the last completed round it was in
@@ -61,17 +61,17 @@ class NodeMachine:
     # ---- the link
 
     def link_up(self) -> list[FromNode]:
-        self._is_registered = False
+        self.is_registered = False
         return [self._hello()]
 
     def link_down(self) -> None:
-        self._is_registered = False
+        self.is_registered = False
         self.host = None
 
     def receive(self, message: ToNode) -> list[FromNode]:
         match message:
             case NodeWelcome(lighthouse):
-                self._lighthouse, self._is_registered, self.welcome = lighthouse, True, message
+                self._lighthouse, self.is_registered, self.welcome = lighthouse, True, message
             case HostStore(round_):
                 if self.stage is NodeStage.JOINING:
                     self.host = round_
@@ -103,7 +103,7 @@ class NodeMachine:
         if refusal.nonce and refusal.nonce != self.spec.nonce:
             return []
         if refusal.code is not NodeRefusal.TIMEOUT:
-            self._is_registered = False
+            self.is_registered = False
         was_joining = self.stage is NodeStage.JOINING
         self.stage, self.host, self.waiting = NodeStage.IDLE, None, 0
         if refusal.code is NodeRefusal.EVICTED:
@@ -147,7 +147,7 @@ class NodeMachine:
         if self.closed is not None and self.closed.scope is CloseScope.ROUND:
             self.closed = None
         self.stage, self.refusal, self.waiting, self.why_dissolved = NodeStage.JOINING, None, 0, ""
-        if not self._is_registered:
+        if not self.is_registered:
             return [self._hello()]
         return [JoinRound(self.last.round if self.last is not None else None)]
 
@@ -161,7 +161,7 @@ class NodeMachine:
     def leave(self, reason: str) -> list[FromNode]:
         self.stage, self.host, self.waiting = NodeStage.IDLE, None, 0
         self.why_dissolved = ""
-        self._is_registered = False
+        self.is_registered = False
         return [LeaveRendezvous(reason)]
 
     def close(self, scope: CloseScope, reason: str) -> list[FromNode]:

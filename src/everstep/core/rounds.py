@@ -69,7 +69,10 @@ class Rounds:
 
     def form(self, now: float) -> list[Effect]:
         """FORMING: see whether those who are here are enough."""
-        if self.stage is not Stage.FORMING or not self._roster.nodes:
+        if self.stage is not Stage.FORMING:
+            return []
+        if not self._roster.nodes:
+            self._barrier.clear()
             return []
         policy = self._policy()
         match self._barrier.verdict(policy, now):

@@ -81,7 +81,7 @@ class LinkStore(Store):  # type: ignore[misc,unused-ignore]
         return type(self)(self._store)
 
     def _do(self, operation: Any, *arguments: Any) -> Any:
-        self._store.timeout_s = self.timeout.total_seconds()
+        self._store.timeout_s = self.timeout.total_seconds()  # type: ignore[attr-defined,unused-ignore]
         try:
             return operation(*arguments)
         except RoundStoreError as error:

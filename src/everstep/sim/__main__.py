@@ -10,6 +10,8 @@ import time
 from collections.abc import Iterable
 
 from everstep.core.replica import Replica
+from everstep.sim.rendezvous import RendezvousWorld
+from everstep.sim.rendezvous_scale import scale_rounds
 from everstep.sim.scale import ScaleWorld
 from everstep.sim.world import Outcome, World
 
@@ -48,7 +50,11 @@ def main(argv: list[str] | None = None, *, replica_type: type[Replica] = Replica
     parser.add_argument("--steps", type=int, default=12, help="length of the faulty part, and steps to go after it")
     parser.add_argument("--jobs", type=int, default=1, help="processes that share the seeds")
     parser.add_argument("--trace", action="store_true", help="print every state change")
+    parser.add_argument("--rendezvous", action="store_true", help="nodes that agree on rounds, in place of members")
+    parser.add_argument("--nodes", type=int, default=0, help="for --rendezvous; 0 draws 2 to 7 from the seed")
     args = parser.parse_args(argv)
+    if args.rendezvous:
+        return _run_rendezvous(args)
     groups, ranks = _span(args.groups), _span(args.ranks)
     if groups[0] >= SCALE_GROUPS_MIN:
         return _run_at_scale(groups[0])
@@ -111,6 +117,32 @@ def _sum_up(results: Iterable[tuple[dict[str, int], list[str]]], counts: dict[st
             _print_line(line)
         failed += len(said)
     return failed
+
+
+def _run_rendezvous(args: argparse.Namespace) -> int:
+    if args.nodes >= SCALE_GROUPS_MIN:
+        for call, describe in scale_rounds(args.nodes):
+            began_at = time.perf_counter()
+            call()
+            wall_s = time.perf_counter() - began_at
+            _print_line(f"{describe()}, {wall_s:.1f} s wall for all machines together")
+        return 0
+    seeds = [args.seed] if args.seed is not None else range(*map(int, args.seeds.split(":")))
+    failed = rounds = 0
+    for seed in seeds:
+        world = RendezvousWorld(seed, nodes=args.nodes or 2 + seed % 6)
+        if args.trace:
+            world.trace = _print_line
+        outcome = world.run()
+        rounds += outcome.rounds
+        if args.seed is not None or not outcome.is_ok:
+            _print_line(str(outcome))
+        if not outcome.is_ok:
+            failed += 1
+            nodes = f" --nodes {args.nodes}" if args.nodes else ""
+            _print_line(f"reproduce: python -m everstep.sim --rendezvous --seed {seed}{nodes} --trace")
+    _print_line(f"{len(seeds)} seeds: {len(seeds) - failed} ok, {rounds} rounds")
+    return 1 if failed else 0
 
 
 def _run_at_scale(groups: int) -> int:
