@@ -46,7 +46,7 @@ class NodeMachine:
         self._group = group
         self._process = spec.nonce
         self._evictions = 0
-        self._lighthouse = ""
+        self.lighthouse = ""  # as it named itself last
         self.is_registered = False  # the lighthouse has welcomed it on the link that is open
         self.spec = spec
         self.stage = NodeStage.IDLE
@@ -71,7 +71,7 @@ class NodeMachine:
     def receive(self, message: ToNode) -> list[FromNode]:
         match message:
             case NodeWelcome(lighthouse):
-                self._lighthouse, self.is_registered, self.welcome = lighthouse, True, message
+                self.lighthouse, self.is_registered, self.welcome = lighthouse, True, message
             case HostStore(round_):
                 if self.stage is NodeStage.JOINING:
                     self.host = round_
@@ -121,7 +121,7 @@ class NodeMachine:
         return NodeHello(
             group=self._group,
             node=self.spec,
-            lighthouse=self._lighthouse,
+            lighthouse=self.lighthouse,
             last=self.last,
             is_member=self.stage is NodeStage.MEMBER,
             is_joining=self.stage is NodeStage.JOINING,

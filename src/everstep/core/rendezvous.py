@@ -171,7 +171,7 @@ class RendezvousMachine:
             self._return_until = self._settled_at  # this lighthouse has lost its memory: others will come back too
         if hello.is_closed:
             out += self._close(CloseScope.JOB, "closed before the lighthouse was started again")
-        elif self._closed is not None:
+        elif self._closed is not None and not hello.is_joining:
             out.append(SendToNodes(RendezvousClosed(CloseScope.JOB, self._closed), self._links(node)))
         last = hello.last
         if last is not None:
@@ -181,10 +181,16 @@ class RendezvousMachine:
             elif hello.is_member:
                 out += self._rounds.take_up(node, last, self._return_until is not None)
                 if self._rounds.stage is Stage.COMPLETE and not self._rounds.is_short:
-                    self._return_until = None
+                    self._settle(now)
+            elif self._return_until is not None and self._rounds.remember(node, last):
+                self._settle(now)
         if hello.is_joining:
             out += self._join(node, last.round if last is not None else None)
         return out
+
+    def _settle(self, now: float) -> None:
+        """Everybody is back."""
+        self._return_until, self._settled_at = None, now
 
     # ---- coming and going
 

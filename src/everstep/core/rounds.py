@@ -61,6 +61,7 @@ class Rounds:
         self._address = ""
         self._numbered = 0  # the highest number of a round that was ever heard of
         self._over = 0  # rounds up to this number are over for certain
+        self._remembered = (0, 0)  # number and size of the round before a restart of the lighthouse
         self._taken: set[int] = set()  # ranks of a round that is put together again
         self._told_waiting = 0
         self._tell_waiting_at = 0.0
@@ -279,6 +280,20 @@ class Rounds:
     def heard_of(self, round_: RendezvousRound) -> None:
         """Numbers grow, also over a restart."""
         self._numbered = max(self._numbered, round_.n)
+
+    def remember(self, node: Node, last: RoundInfo) -> bool:
+        """A node was in a round that is over: it keeps its rank in the next. Whether all of that round are back."""
+        if self.stage is not Stage.FORMING or last.round.life == self._config.life:
+            return False
+        newest = max(self._remembered[0], last.round.n)
+        if newest > self._remembered[0]:
+            self._barrier.reopen({})
+        self._remembered = (newest, last.size)
+        if last.round.n == newest:
+            self._barrier.previous[node.spec.node_id] = last.rank
+            if node.spec.node_id not in self._barrier.here:
+                self._barrier.absent[node.spec.node_id] = None
+        return len(self._barrier.previous) == last.size
 
     @property
     def is_short(self) -> bool:

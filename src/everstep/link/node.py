@@ -194,10 +194,12 @@ class NodeClient:
             if isinstance(message, StoreReply):
                 self._calls.answer(message)
                 return
-            was = self._machine.stage
+            was, lighthouse = self._machine.stage, self._machine.lighthouse
             self._say(self._machine.receive(message))
             if isinstance(message, NodeWelcome):
                 self._beat_every(message.heartbeat_interval_s)
+                if lighthouse not in ("", message.lighthouse) and self._machine.last is not None:
+                    self._calls.put_back(self._machine.last.round)
             if was is NodeStage.MEMBER and self._machine.stage is NodeStage.IDLE:
                 why = self._machine.why_dissolved or (self._machine.refusal.detail if self._machine.refusal else "")
                 log.info("round over node=%s reason=%r", self._machine.spec.node_id, why)

@@ -1,7 +1,8 @@
 """The shared key-value store of a rendezvous round, with the operations of torch.distributed.Store. No torch here.
 
 Calls are answered by the lighthouse in the order in which it hears them. One that is under way when the link is lost
-is asked again on the next link, but for those whose repetition would change what they mean: these raise.
+is asked again on the next link, but for those whose repetition would change what they mean: these raise. A lighthouse
+that was started again has an empty store; every node puts back what it had set and added itself.
 """
 
 import dataclasses
@@ -14,7 +15,8 @@ from everstep.core.types import RendezvousRound
 from everstep.errors import RoundStoreError, RoundStoreTimeout
 
 TIMEOUT_S = 300.0
-LINK_PATIENCE_S = 10.0
+LINK_PATIENCE_S = 10.0  # an operation waits so long for a link that is down
+REMEMBERED_BYTES_MAX = 4 << 20  # of a node's own writes in a round; beyond that nothing is put back
 _NOT_REPEATABLE = (StoreOp.ADD, StoreOp.COMPARE_SET, StoreOp.APPEND, StoreOp.QUEUE_PUSH, StoreOp.QUEUE_POP)
 
 
@@ -34,6 +36,7 @@ class StoreCalls:
         self._pending: dict[int, _Pending] = {}
         self._last = 0
         self._why_ended = ""
+        self._mine = _Writes()
 
     def call(self, call: StoreCall, timeout_s: float) -> StoreReply:
         """Any thread but the link's. Raises RoundStoreTimeout, or RoundStoreError."""
@@ -53,6 +56,8 @@ class StoreCalls:
         if reply.status is not StoreStatus.OK:
             over = "the round is over, and its store with it"
             raise RoundStoreError(reply.detail or over, is_over=reply.status is StoreStatus.ROUND_OVER)
+        with self._changed:
+            self._mine.remember(numbered)
         return reply
 
     def _wait(self, pending: _Pending, deadline: float) -> StoreReply:
@@ -81,6 +86,11 @@ class StoreCalls:
             if pending.reply is None and self._send(pending.call):
                 pending.unsent_at = None
 
+    def put_back(self, round_: RendezvousRound) -> None:
+        """The lighthouse was started again, and this node is still in `round_`."""
+        for call in self._mine.calls(round_):
+            self._send(call)
+
     def link_down(self) -> None:
         now = time.monotonic()
         for pending in self._pending.values():
@@ -94,6 +104,37 @@ class StoreCalls:
         self._why_ended = why
         for pending in self._pending.values():
             pending.reply = StoreReply(pending.call.number, StoreStatus.BAD_CALL, detail=why)
+
+
+class _Writes:
+    """What this node wrote into the store of its round."""
+
+    def __init__(self) -> None:
+        self._round: RendezvousRound | None = None
+        self._values: dict[str, bytes] = {}
+        self._sums: dict[str, int] = {}
+        self._bytes = 0
+
+    def remember(self, call: StoreCall) -> None:
+        if call.round != self._round:
+            self._round, self._bytes = call.round, 0
+            self._values.clear()
+            self._sums.clear()
+        if call.op is StoreOp.SET:
+            self._bytes += sum(map(len, (*call.keys, *call.values)))
+            self._values.update(zip(call.keys, call.values, strict=True))
+        elif call.op is StoreOp.ADD:
+            self._bytes += len(call.keys[0])
+            self._sums[call.keys[0]] = self._sums.get(call.keys[0], 0) + call.amount
+        elif call.op is StoreOp.DELETE_KEY:
+            self._values.pop(call.keys[0], None)
+            self._sums.pop(call.keys[0], None)
+
+    def calls(self, round_: RendezvousRound) -> list[StoreCall]:
+        if round_ != self._round or self._bytes > REMEMBERED_BYTES_MAX:
+            return []
+        sums = [StoreCall(0, round_, StoreOp.ADD, (key,), amount=amount) for key, amount in self._sums.items()]
+        return [StoreCall(0, round_, StoreOp.SET, tuple(self._values), tuple(self._values.values())), *sums]
 
 
 class RoundStore:

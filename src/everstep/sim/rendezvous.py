@@ -332,12 +332,11 @@ class RendezvousWorld:
 
     # ---- the schedule
 
-    def start_node(self, node_id: str) -> SimNode:
+    def start_node(self, node_id: str) -> None:
         self._starts += 1
         name = f"{node_id}@{self._starts}"
-        node = self.nodes[name] = SimNode(self, node_id, name)
-        node.start()
-        return node
+        self.nodes[name] = SimNode(self, node_id, name)
+        self.nodes[name].start()
 
     def living(self) -> list[SimNode]:
         return [node for node in self.nodes.values() if node.is_alive]
@@ -423,7 +422,7 @@ class RendezvousWorld:
         self._is_peaceful = True
         self._lighthouse_again()
         self._until(self.clock.now + 23.0)  # everybody that was stopped runs again
-        while len(self.living()) < self._min and not self._is_closed():
+        while len({node.node_id for node in self.living()}) < self._min and not self._is_closed():
             self.start_node(f"late{self._starts}")
 
     def _is_closed(self) -> bool:
