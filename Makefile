@@ -62,6 +62,7 @@ lint: $(STAMP) ## ruff (rules and format) and mypy in strict mode
 soak: $(STAMP) ## the long versions: soak tests, then the simulator over SOAK_SEEDS (default 0:100000); 90 minutes
 	$(PY) -m pytest -m soak --hypothesis-profile=soak -o faulthandler_timeout=0
 	$(PY) -m everstep.sim --seeds $(SOAK_SEEDS) --groups 3:9 --jobs $$(nproc)
+	$(PY) -m everstep.sim --rendezvous --seeds $(SOAK_SEEDS)
 
 # Each gets a venv in .compat. Where torch has no CPU build for one, that is several GB of CUDA wheels.
 compat: ## the tests on each of COMPAT_PYTHONS that is installed (pythonX.Y, or under pyenv)
@@ -85,7 +86,7 @@ compat: ## the tests on each of COMPAT_PYTHONS that is installed (pythonX.Y, or 
 	if [ -n "$$failed" ]; then echo "error: the tests failed on Python$$failed" >&2; exit 1; fi; \
 	echo "== the tests pass on Python$$ran"
 
-BENCHES := steady_state recovery failures lighthouse
+BENCHES := steady_state recovery failures lighthouse rendezvous
 bench: $(STAMP) ## print the README's tables again; `make bench-rival` beside torchft
 	@for bench in $(BENCHES); do echo "== bench/$$bench.py"; $(PY) bench/$$bench.py; done
 	@echo "== python -m everstep.sim --groups 100000"; $(PY) -m everstep.sim --groups 100000
