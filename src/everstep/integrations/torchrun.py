@@ -15,6 +15,7 @@ import socket
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch.distributed import DistStoreError, TCPStore  # type: ignore[attr-defined]
 from torch.distributed.elastic.rendezvous import (
     RendezvousClosedError,
@@ -45,6 +46,9 @@ from everstep.errors import (
 from everstep.integrations.node_settings import TorchrunSettings, torchrun_settings
 from everstep.integrations.round_store import LinkStore
 from everstep.link.node import NodeClient
+from everstep.torch_version import check_torch
+
+check_torch(torch)
 
 BACKEND = "everstep"
 ROLE_INFO = "torchelastic/role_info/"
