@@ -36,10 +36,22 @@ class Nodes:
         self._threads = ThreadPoolExecutor(16)
         self._stores = 0
 
-    def start(self, node_id: str, least: int = 1, most: int = 3, **more: float) -> NodeClient:
-        timing = {"join_timeout_s": DEADLINE_S, "last_call_s": DEADLINE_S, **more}
+    def start(
+        self,
+        node_id: str,
+        least: int = 1,
+        most: int = 3,
+        *,
+        join_timeout_s: float = DEADLINE_S,
+        last_call_s: float = DEADLINE_S,
+    ) -> NodeClient:
         spec = NodeSpec(
-            node_id=node_id, nonce=f"{node_id} {len(self._clients)}", min_nodes=least, max_nodes=most, **timing
+            node_id=node_id,
+            nonce=f"{node_id} {len(self._clients)}",
+            min_nodes=least,
+            max_nodes=most,
+            join_timeout_s=join_timeout_s,
+            last_call_s=last_call_s,
         )
         target = LinkTarget(url=self.url, credentials=Credentials(job_id="job", role="node"))
         client = NodeClient(target, "", spec)
