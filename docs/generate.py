@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from everstep.core import messages, moves, replica, roster, types
+from everstep.core import messages, moves, node_messages, rendezvous_nodes, replica, roster, round_store, types
 from everstep.core.resolution import resolve
 from everstep.core.transitions import TRANSITIONS, Turn
 from everstep.core.types import Action, LineageEntry, MemberId, Phase, QuorumId, Report, genesis
@@ -61,6 +61,23 @@ def _to_lighthouse() -> Iterator[str]:
 
 def _to_member() -> Iterator[str]:
     yield from _structs(messages.ToMember.__args__)
+
+
+def _from_node() -> Iterator[str]:
+    yield from _structs(node_messages.FromNode.__args__)
+
+
+def _to_node() -> Iterator[str]:
+    yield from _structs(node_messages.ToNode.__args__)
+
+
+def _node_values() -> Iterator[str]:
+    yield from _structs([node_messages.NodeSpec, node_messages.RoundInfo, types.RendezvousRound])
+    for kind in (node_messages.NodeRefusal, node_messages.CloseScope, node_messages.StoreOp, node_messages.StoreStatus):
+        yield ""
+        yield f"### {kind.__name__}"
+        yield ""
+        yield from _table(("value", ""), [(f"`{value}`", comment) for _, value, comment in _choices(kind)])
 
 
 def _values() -> Iterator[str]:
@@ -192,6 +209,10 @@ def _limits() -> Iterator[str]:
         (client, "RETRY_MAX_S", "between a member's attempts to connect again"),
         (replica, "FAILED_AGAIN_S", "until a failure that nobody reacted to is reported again"),
         (roster, "LISTS_KNOWN_MAX", "member lists that the lighthouse counts on a member to keep"),
+        (rendezvous_nodes, "NODES_MAX", "nodes of one rendezvous"),
+        (round_store, "KEYS_MAX", "keys of a round's store"),
+        (round_store, "VALUE_BYTES_MAX", "bytes of one value there"),
+        (round_store, "STORE_BYTES_MAX", "bytes of all of them"),
         (types, "REPLICA_ID_CHARS_MAX", "characters of a replica_id"),
         (types, "JOB_ID_CHARS_MAX", "characters of a job_id"),
     ]
@@ -241,6 +262,9 @@ BLOCKS: dict[str, Callable[[], Iterator[str]]] = {
     "to_lighthouse": _to_lighthouse,
     "to_member": _to_member,
     "values": _values,
+    "from_node": _from_node,
+    "to_node": _to_node,
+    "node_values": _node_values,
     "phases": _phases,
     "transitions": _transitions,
     "moves": _moves,

@@ -184,7 +184,10 @@ def test_every_shell_command_is_one_that_this_file_knows() -> None:
         r"REPLICA_GROUP_ID=\d (python|torchrun --standalone --nproc-per-node 1) examples/train_ddp\.py --steps \d+",
         r"everstep (status|admit \S+)",  # lighthouse/test_command
         r'curl -N "localhost:29520/api/v1/events\?job=default&after=oldest"',  # lighthouse/test_events
+        r"everstep status",  # lighthouse/test_command
         r"python -m everstep\.sim --seed 7 --trace",  # below
+        r"python -m everstep\.sim --rendezvous --(seeds 0:1000|nodes 10000)",  # sim/test_rendezvous
+        r"torchrun --rdzv-backend=everstep .* script\.py",  # integrations
         r"\(umask 077; head -c 32 /dev/urandom \| base64 > token\)",
     )
     for path in DOCS:
