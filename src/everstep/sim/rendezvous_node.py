@@ -1,4 +1,4 @@
-"""A simulated agent: the real machine of a node, and the little that an agent does with it; and what is checked of it."""
+"""A simulated agent: a node's real machine, the little that an agent does with it, and what is checked of it."""
 
 import random
 from collections.abc import Callable

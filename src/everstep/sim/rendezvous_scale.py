@@ -1,6 +1,7 @@
 """What a rendezvous of very many nodes costs each of them: messages and bytes, by the real machines."""
 
 import collections
+import functools
 from collections.abc import Callable, Iterator
 
 import msgspec
@@ -102,6 +103,10 @@ class ScaleRounds:
             if node.host is not None:
                 self._from_node(link - 1, node.hosted(node.host, "10.0.0.1:29500"))
 
+    def describe(self, name: str) -> str:
+        messages, size = self.messages / self.count, self.bytes / self.count
+        return f"{self.count} nodes, {name}: {messages:.2f} messages and {size:.0f} bytes a node"
+
     def _check(self, size: int) -> None:
         ranks = {node.last.rank for node in self.nodes if node.last is not None and node.stage is NodeStage.MEMBER}
         assert ranks == set(range(size)), "not every node is in the round"
@@ -112,9 +117,4 @@ def scale_rounds(nodes: int) -> Iterator[tuple[Callable[[], object], Callable[[]
     world = ScaleRounds(nodes)
     for name, call in (("join", world.join), ("one lost", world.lose_one), ("workers numbered", world.number_workers)):
         world.messages = world.bytes = 0
-        yield (
-            call,
-            lambda name=name: (  # type: ignore[misc]
-                f"{nodes} nodes, {name}: {world.messages / nodes:.2f} messages and {world.bytes / nodes:.0f} bytes a node"
-            ),
-        )
+        yield call, functools.partial(world.describe, name)
