@@ -10,6 +10,9 @@ from everstep.core.ranks import RankPolicy
 from everstep.core.types import REPLICA_ID_CHARS_MAX
 
 NODES_MAX = 100_000
+ROUNDS_MAX = 1 << 48
+ADDRESS_CHARS_MAX = 300  # of a round's store
+LIFE_CHARS_MAX = 64
 EVICTED_KEPT_MAX = 4096
 DURATION_MAX_S = 30 * 86400.0
 
@@ -135,6 +138,15 @@ class NodeRoster:
             return f"node_id {spec.node_id[:40]!r} must have 1 to {REPLICA_ID_CHARS_MAX} printable characters"
         if not 1 <= spec.min_nodes <= spec.max_nodes <= NODES_MAX:
             return f"nnodes {spec.min_nodes}:{spec.max_nodes}: give 1 <= min <= max <= {NODES_MAX}"
+        if max(len(spec.nonce), len(spec.domain)) > REPLICA_ID_CHARS_MAX or spec.domain_size < 0:
+            return (
+                f"nonce and topology have at most {REPLICA_ID_CHARS_MAX} characters, and topology_size is not negative"
+            )
+        last = hello.last
+        if last is not None and not (0 < last.round.n <= ROUNDS_MAX and 0 <= last.rank < last.size <= NODES_MAX):
+            return f"a last round of number {last.round.n}, rank {last.rank} and size {last.size} cannot have been"
+        if last is not None and not (len(last.store) <= ADDRESS_CHARS_MAX and len(last.round.life) <= LIFE_CHARS_MAX):
+            return "a last round with a store's address, or a lighthouse, of too many characters"
         for name in ("join_timeout_s", "last_call_s"):
             value = getattr(spec, name)
             if not 0 <= value <= DURATION_MAX_S:

@@ -29,11 +29,9 @@ from everstep.core.node_messages import (
     ToNode,
 )
 from everstep.core.ranks import Candidate, assign
-from everstep.core.rendezvous_nodes import Node, NodeRoster, RendezvousConfig
+from everstep.core.rendezvous_nodes import ADDRESS_CHARS_MAX, Node, NodeRoster, RendezvousConfig
 from everstep.core.round_store import Answers, RoundStore
 from everstep.core.types import RendezvousRound
-
-ADDRESS_CHARS_MAX = 300
 
 
 class Stage(enum.Enum):

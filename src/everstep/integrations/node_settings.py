@@ -78,6 +78,7 @@ def torchrun_settings(
         credentials=credentials,
         connect_timeout_s=durations["connect_timeout"],
         tls_ca=Path(tls_ca) if tls_ca else None,
+        named_by="--rdzv-endpoint",
     )
     ranks = _ranks(conf, environment, nodes[1])
     spec = NodeSpec(

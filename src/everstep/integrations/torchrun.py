@@ -178,7 +178,8 @@ def _as_torch(error: EverstepError) -> Exception:
         case RendezvousEnded(was_spare=True):
             return RendezvousGracefulExitError(f"this node was a spare, and the job is over: {error}")
         case RendezvousEnded():
-            return RendezvousClosedError(f"the rendezvous is closed: {error}")
+            again = "its --rdzv-id can be used again a minute after the last node has gone"
+            return RendezvousClosedError(f"the rendezvous is closed ({error}); {again}")
         case RendezvousTimedOut():
             return RendezvousTimeoutError(str(error))
         case NodeEvicted():

@@ -326,7 +326,7 @@ class LinkClient(Generic[MessageT]):
     def _unreachable(self) -> str:
         return (
             f"no lighthouse at {self._target.url} within {self._target.connect_timeout_s:g} s ({self._last_reason}): "
-            "start one with `everstep lighthouse`, or correct EVERSTEP_LIGHTHOUSE"
+            f"start one with `everstep lighthouse`, or correct {self._target.named_by}"
         )
 
     # ---- threads and forks

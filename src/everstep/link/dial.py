@@ -24,6 +24,7 @@ class LinkTarget:
     url: str
     credentials: auth.Credentials
     connect_timeout_s: float = 30.0
+    named_by: str = "EVERSTEP_LIGHTHOUSE"  # what to correct if nobody answers there
     tls_ca: Path | None = None
 
 
