@@ -1,0 +1,21 @@
+"""torchrun with torch's own agents, as real processes: a node is lost, and the job trains on."""
+
+from pathlib import Path
+
+from tests.integrations.elastic import DEADLINE_S, elastic_job, kill_host
+from tests.support.processes import Spawner
+
+
+def test_a_job_under_torchrun_trains_on_when_the_node_that_hosts_the_store_is_lost(
+    spawn: Spawner, tmp_path: Path
+) -> None:
+    with elastic_job(spawn, tmp_path) as job:
+        a, b = job.agent("1:2", "a"), job.agent("1:2", "b")
+        a.expect_line("trains rank 0 of 2", DEADLINE_S)
+        b.expect_line("trains rank 1 of 2", DEADLINE_S)
+        kill_host(a)
+        b.expect_line("rank 0 of 1 restarts 0", DEADLINE_S)  # a change of nodes costs no restart
+        b.expect_line("trains rank 0 of 1", DEADLINE_S)
+        job.end()
+        b.expect_line("done rank 0 of 1", DEADLINE_S)
+        assert b.wait(DEADLINE_S) == 0, b.output()
