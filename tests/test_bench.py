@@ -51,6 +51,12 @@ def test_lighthouse_times_a_failure_among_its_members() -> None:
     assert found["heartbeat_cpu_percent"] >= 0
 
 
+def test_rendezvous_times_a_join_and_a_loss() -> None:
+    found = run("bench/rendezvous.py", "--nodes", "4", "--times", "1", "--without-torch")
+    assert found["nodes"] == 4
+    assert [len(found["everstep"][key]) for key in ("join_ms", "loss_ms")] == [3, 3]
+
+
 @pytest.mark.parametrize(
     ("what", "samples", "is_flat"),
     [
