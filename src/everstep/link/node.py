@@ -70,14 +70,11 @@ class NodeClient:
     def shutdown(self, reason: str = "") -> None:
         """Leave the rendezvous if it can be reached, and end the link and its thread."""
         with self._changed:
-            messages = self._machine.leave(reason)
-        for message in messages:
-            self._client.send(message)
-        self._client.close(None, LEAVE_S)
-        with self._changed:
             self._error = self._error or RendezvousEnded("this node has left")
+            self._say(self._machine.leave(reason))
             self._calls.end("this node has left the rendezvous")
             self._changed.notify_all()
+        self._client.close(None, LEAVE_S)
 
     # ---- rounds
 
@@ -98,6 +95,9 @@ class NodeClient:
                 if self._machine.stage is NodeStage.MEMBER:
                     assert self._machine.last is not None
                     return self._machine.last
+                if self._machine.stage is NodeStage.IDLE:
+                    # A round was complete and over before this thread woke up.
+                    self._say(self._machine.join())
                 host = self._machine.host
                 if host is not None:
                     self._host(host, open_store)
@@ -153,6 +153,11 @@ class NodeClient:
         """Until `is_wanted(self)`, looked at whenever something has changed. False after `timeout_s`."""
         with self._changed:
             return self._changed.wait_for(lambda: is_wanted(self), timeout_s)
+
+    def poke(self) -> None:
+        """Let `wait_changed` look again: something that its caller knows has changed."""
+        with self._changed:
+            self._changed.notify_all()
 
     # ---- closing
 
