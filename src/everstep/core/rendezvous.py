@@ -180,12 +180,12 @@ class RendezvousMachine:
                 out += self._rounds.tell(node)
             elif hello.is_member:
                 out += self._rounds.take_up(node, last, self._return_until is not None)
-                if self._rounds.stage is Stage.COMPLETE and not self._rounds.is_short:
-                    self._settle(now)
-            elif self._return_until is not None and self._rounds.remember(node, last):
-                self._settle(now)
+            elif self._return_until is not None:
+                self._rounds.remember(node, last)
         if hello.is_joining:
-            out += self._join(node, last.round if last is not None else None)
+            out += self._join(node, last.round, last.rank) if last is not None else self._join(node, None)
+        if self._return_until is not None and self._rounds.are_all_back:
+            self._settle(now)
         return out
 
     def _settle(self, now: float) -> None:
@@ -194,10 +194,10 @@ class RendezvousMachine:
 
     # ---- coming and going
 
-    def _join(self, node: Node, known: RendezvousRound | None) -> list[Effect]:
+    def _join(self, node: Node, known: RendezvousRound | None, rank: int | None = None) -> list[Effect]:
         if self._closed is not None:
             return [SendToNodes(RendezvousClosed(CloseScope.JOB, self._closed), self._links(node))]
-        return self._rounds.join(node, known)
+        return self._rounds.join(node, known, rank)
 
     def _close(self, scope: CloseScope, why: str) -> list[Effect]:
         if self._closed is not None:

@@ -113,13 +113,15 @@ class Rounds:
         """Who opens the store."""
         return next((node_id for node_id, rank in self.ranks.items() if rank == 0), None)
 
-    def join(self, node: Node, known: RendezvousRound | None) -> list[Effect]:
-        """It wants into the next round; `known` is the last that it was in."""
+    def join(self, node: Node, known: RendezvousRound | None, rank: int | None = None) -> list[Effect]:
+        """It wants into the next round; `known` is the last that it was in, `rank` its rank there as it says."""
         node_id = node.spec.node_id
         if known is not None:
             self._over = max(self._over, known.n)
             if self.stage is Stage.COMPLETE and known == self.round:
                 self._barrier.come(node_id)
+                if rank is not None and rank not in self._taken:
+                    self.ranks.setdefault(node_id, rank)
                 return self.dissolve(f"node {node_id} asks for the next round", knows=node_id)
         if node_id not in self.ranks:
             self._barrier.come(node_id)
@@ -261,11 +263,14 @@ class Rounds:
             if self.stage is Stage.FORMING:
                 self.stage, self.round, self.ranks = Stage.COMPLETE, last.round, {}
                 self._taken.clear()
+                self._remembered = (last.round.n, last.size)
                 self.size, self._address = last.size, last.store
                 self._told_waiting = 0
         self.heard_of(last.round)
         is_free = is_returning and last.rank not in self._taken and 0 <= last.rank < self.size
         if self.stage is not Stage.COMPLETE or self.round != last.round or self.size != last.size or not is_free:
+            if is_returning:
+                self.remember(node, last)
             ended = RoundDissolved(last.round, "it ended while this node was not connected")
             return out + self._to(node, ended)
         self.ranks[node.spec.node_id] = last.rank
@@ -279,19 +284,23 @@ class Rounds:
         """Numbers grow, also over a restart."""
         self._numbered = max(self._numbered, round_.n)
 
-    def remember(self, node: Node, last: RoundInfo) -> bool:
-        """A node was in a round that is over: it keeps its rank in the next. Whether all of that round are back."""
+    def remember(self, node: Node, last: RoundInfo) -> None:
+        """After a restart: a node was in a round that is over. It keeps its rank in the next."""
         if self.stage is not Stage.FORMING or last.round.life == self._config.life:
-            return False
-        newest = max(self._remembered[0], last.round.n)
-        if newest > self._remembered[0]:
+            return
+        if last.round.n > self._remembered[0]:
             self._barrier.reopen({})
-        self._remembered = (newest, last.size)
-        if last.round.n == newest:
+            self._remembered = (last.round.n, last.size)
+        if last.round.n == self._remembered[0]:
             self._barrier.previous[node.spec.node_id] = last.rank
             if node.spec.node_id not in self._barrier.here:
                 self._barrier.absent[node.spec.node_id] = None
-        return len(self._barrier.previous) == last.size
+
+    @property
+    def are_all_back(self) -> bool:
+        """Every node of the round before the restart is here, whether the round goes on or not."""
+        known = len(self.ranks) if self.stage is Stage.COMPLETE else len(self._barrier.previous)
+        return known == self._remembered[1] > 0
 
     @property
     def is_short(self) -> bool:
