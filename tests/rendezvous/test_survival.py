@@ -90,6 +90,7 @@ def test_the_lighthouse_killed_in_the_middle_loses_nobody(spawn: Spawner, is_com
     address = address_of(lighthouse)
     with agents_on(spawn, address) as agents:
         agents.start("a", "b", min_nodes=3)
+        before: dict[str, dict[str, object]] = {}
         if is_complete:
             agents.start("c", min_nodes=3)
             before = agents.round_of("a", "b", "c")
