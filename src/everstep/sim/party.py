@@ -157,11 +157,11 @@ class Party:
         deadline = self.replica.next_deadline()
         if deadline is None or (self._tick_at is not None and self._world.now < self._tick_at <= deadline):
             return
-        self._tick_at = deadline
+        at = self._tick_at = max(deadline, self._world.now)
 
         def tick() -> None:
-            if not self.is_alive:
-                return
+            if not self.is_alive or self._tick_at != at:
+                return  # one that was armed since takes its place
             if self._world.now < self.frozen_until:
                 self._world.at(self.frozen_until, tick)
                 return
@@ -172,7 +172,7 @@ class Party:
             else:
                 self._arm()
 
-        self._world.at(max(deadline, self._world.now), tick)
+        self._world.at(at, tick)
 
     def kill(self, *, is_noticed: bool = True) -> None:
         if not self.is_alive:
