@@ -74,6 +74,11 @@ GRANT_NOT_ON_DISK = (
 )
 # The first who sees a vote's result dies of it.
 WHO_COMMITS_FIRST_DIES = tuple(at("VoteEnded", "kill", nth=n) for n in (4, 9, 14, 19, 24))
+# g0 comes back, and g1, the only holder of the state, dies when one of g0's followers has its part of it.
+DIES_WHILE_RANKS_RECOVER = (
+    at("VoteEnded", "kill", by="g0", nth=3),
+    at("RankRecovered", "kill", "g1", by="g0"),
+)
 # Everybody is frozen and answers; nobody is dead; the lighthouse forgets the round.
 ROUND_FORGOTTEN = (at("lighthouse:Ready", "lighthouse", seconds=0.01),)
 

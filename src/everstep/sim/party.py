@@ -290,9 +290,12 @@ class Party:
             if donor.weights.step != lineage.step:  # its optimizer has not run yet
                 self._wait_for(("transfer",), self._world.draw("message"), fetched)
                 return
-            self.weights = donor.weights
-            self._applied_step, self._history = lineage.step, lineage.history
-            self._world.checkers.recovered(self.name, lineage, self.weights)
+            self._take(lineage, donor.weights)
             self._report(StateRecovered(quorum.id))
 
         self._wait_for(("transfer",), self._world.draw("transfer"), fetched)
+
+    def _take(self, lineage: Lineage, weights: Weights) -> None:
+        self.weights = weights
+        self._applied_step, self._history = lineage.step, lineage.history
+        self._world.checkers.recovered(self.name, lineage, weights)
