@@ -14,6 +14,8 @@ from everstep.sim.world import World
 from tests.sim import sabotage
 from tests.sim.schedules import (
     DIES_WHILE_RANKS_RECOVER,
+    FAILS_AS_RANKS_DECIDE,
+    FAILS_AS_RANKS_REDUCE,
     FOUNDING_NOT_SENT,
     GRANT_NOT_ON_DISK,
     HASTY,
@@ -189,10 +191,26 @@ CASES = {
         seeds=10,
     ),
     "before_step runs while some ranks settle": Sabotage(
-        leader=sabotage.PreparesUnsettled, expect="STUCK", seed=26, seeds=1, groups=4, ranks=2, steps=12
+        leader=sabotage.PreparesUnsettled,
+        expect="STUCK",
+        ranks=2,
+        steps=9,
+        groups=3,
+        climate=LAN,
+        faults=NOTHING,
+        triggers=FAILS_AS_RANKS_DECIDE,
+        seeds=4,
     ),
     "a follower forgets what it added": Sabotage(
-        follower=sabotage.GoesByTheLeadersAverage, expect="STUCK", seed=3, seeds=1, groups=5, ranks=2, steps=12
+        follower=sabotage.GoesByTheLeadersAverage,
+        expect="STUCK",
+        ranks=2,
+        steps=9,
+        groups=3,
+        climate=LAN,
+        faults=NOTHING,
+        triggers=FAILS_AS_RANKS_REDUCE,
+        seeds=4,
     ),
     "a notice severs no follower": Sabotage(
         follower=sabotage.KeepsItsCollectives, expect="STUCK", seeds=10, ranks=2, steps=6
