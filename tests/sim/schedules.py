@@ -81,7 +81,7 @@ DIES_WHILE_RANKS_RECOVER = (
 )
 # A round while some ranks have come to the vote and others are on their way; while some have a reduction to add.
 FAILS_AS_RANKS_DECIDE = tuple(at("Deciding", "error", nth=n) for n in (8, 15, 22))
-FAILS_AS_RANKS_REDUCE = tuple(at("RankReduced", "error", nth=n) for n in (4, 11, 18))
+FAILS_AS_RANKS_REDUCE = tuple(at("RankReduced", "error", nth=n, after_s=0.001) for n in (6, 13, 20))
 # Everybody is frozen and answers; nobody is dead; the lighthouse forgets the round.
 ROUND_FORGOTTEN = (at("lighthouse:Ready", "lighthouse", seconds=0.01),)
 

@@ -295,10 +295,11 @@ class Leader(Replica):
     def _finish(self, effects: list[Effect], now: float) -> list[Effect]:
         """Turn to the new quorum or try, keep back what needs every rank, and show the followers what changed."""
         self._vouching.interval_s = self._beat_interval_s
-        self._turn_tally()
         if self._is_reopened and not self.is_frozen:
+            # First: then all ranks reduce again, also one whose report of what it added came while this one was frozen.
             self._is_reopened = False
             effects = [*effects, *super().receive(MoreReductions(), now)]
+        self._turn_tally()
         self._let_prepare()
         out: list[Effect] = []
         for effect in effects:
