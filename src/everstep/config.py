@@ -216,7 +216,8 @@ def _group_settings(rank: int | None, size: int | None, env: Mapping[str, str]) 
         size=size,
         leader=_host_and_port("EVERSTEP_GROUP_LEADER", leader) if leader else None,
         store=store,
-        namespace=f"{env.get('TORCHELASTIC_RUN_ID', '')}/{env.get('TORCHELASTIC_RESTART_COUNT', '')}",
+        # Not the restart count: the agents of several nodes count differently, as each counts only failures of its own.
+        namespace=env.get("TORCHELASTIC_RUN_ID", ""),
     )
 
 

@@ -19,6 +19,8 @@ from everstep.core.group import (
 from everstep.core.leader import Leader
 from everstep.core.messages import Effect, Log, Sever, Tell
 from everstep.core.moves import (
+    Applied,
+    Apply,
     AskToLeave,
     BarrierEnded,
     CollectiveFailed,
@@ -268,6 +270,10 @@ class GroupStage(Stage):
                 while follower.up:
                     moved = True
                     self._hear(follower, follower.up.pop(0))
+        for name in [*self.actors, *self.followers]:
+            if self._machine(name).next_move() == Apply():
+                self._write(f"{name} applies what it fetched")
+                self._feed(name, Applied())
 
 
 def _said(message: object) -> str:

@@ -6,7 +6,7 @@ from everstep.core.admission import Admission
 from everstep.core.broken_paths import BrokenPaths, LeftOut
 from everstep.core.follower import Follower
 from everstep.core.founding import FoundingDesk
-from everstep.core.group import RankReduced, View
+from everstep.core.group import RankReduced, ToFollower, View
 from everstep.core.leader import Leader
 from everstep.core.lighthouse import Event, JobConfig, LighthouseMachine, LinkMessage
 from everstep.core.messages import (
@@ -22,7 +22,7 @@ from everstep.core.messages import (
     ToMember,
     whole,
 )
-from everstep.core.moves import ReplicaEvent, VoteCast, VoteEnded
+from everstep.core.moves import ReplicaEvent, StateRecovered, VoteCast, VoteEnded
 from everstep.core.quorum import RoundView, Won, count_round
 from everstep.core.reconfiguration import Reconfigurer
 from everstep.core.replica import Replica
@@ -344,6 +344,15 @@ class KeepsItsCollectives(Follower):
 
     def _show(self, view: View) -> list[Effect]:
         return [effect for effect in super()._show(view) if not isinstance(effect, Sever)]
+
+
+class AppliesAtOnce(Follower):
+    """It applies its part of the state before the other ranks have theirs."""
+
+    def receive(self, event: ToFollower | ReplicaEvent, now: float) -> list[Effect]:
+        effects = super().receive(event, now)
+        self._has_to_apply |= isinstance(event, StateRecovered) and bool(effects)
+        return effects
 
 
 class ForgetsItsAverage(Follower):

@@ -74,6 +74,14 @@ GRANT_NOT_ON_DISK = (
 )
 # The first who sees a vote's result dies of it.
 WHO_COMMITS_FIRST_DIES = tuple(at("VoteEnded", "kill", nth=n) for n in (4, 9, 14, 19, 24))
+# g0 comes back, and g1, the only holder of the state, dies when one of g0's followers has its part of it.
+DIES_WHILE_RANKS_RECOVER = (
+    at("VoteEnded", "kill", by="g0", nth=3),
+    at("RankRecovered", "kill", "g1", by="g0"),
+)
+# A round while some ranks have come to the vote and others are on their way; while some have a reduction to add.
+FAILS_AS_RANKS_DECIDE = tuple(at("Deciding", "error", nth=n) for n in (8, 15, 22))
+FAILS_AS_RANKS_REDUCE = tuple(at("RankReduced", "error", nth=n, after_s=0.001) for n in (6, 13, 20))
 # Everybody is frozen and answers; nobody is dead; the lighthouse forgets the round.
 ROUND_FORGOTTEN = (at("lighthouse:Ready", "lighthouse", seconds=0.01),)
 

@@ -13,6 +13,9 @@ from everstep.sim.budgets import Climate, Faults, Trigger
 from everstep.sim.world import World
 from tests.sim import sabotage
 from tests.sim.schedules import (
+    DIES_WHILE_RANKS_RECOVER,
+    FAILS_AS_RANKS_DECIDE,
+    FAILS_AS_RANKS_REDUCE,
     FOUNDING_NOT_SENT,
     GRANT_NOT_ON_DISK,
     HASTY,
@@ -176,19 +179,48 @@ CASES = {
     "a leader's state is its group's": Sabotage(
         leader=sabotage.RecoversForItsFollowers, expect="weights", seeds=10, ranks=2, steps=6
     ),
+    "a follower applies what the group may not get": Sabotage(
+        follower=sabotage.AppliesAtOnce,
+        expect="other weights",
+        ranks=3,
+        steps=6,
+        groups=2,
+        climate=LAN,
+        faults=NOTHING,
+        triggers=DIES_WHILE_RANKS_RECOVER,
+        seeds=10,
+    ),
     "before_step runs while some ranks settle": Sabotage(
-        leader=sabotage.PreparesUnsettled, expect="STUCK", seed=26, seeds=1, groups=4, ranks=2, steps=12
+        leader=sabotage.PreparesUnsettled,
+        expect="STUCK",
+        ranks=2,
+        steps=9,
+        groups=3,
+        climate=LAN,
+        faults=NOTHING,
+        triggers=FAILS_AS_RANKS_DECIDE,
+        seeds=4,
     ),
     "a follower forgets what it added": Sabotage(
-        follower=sabotage.GoesByTheLeadersAverage, expect="STUCK", seed=3, seeds=1, groups=5, ranks=2, steps=12
+        follower=sabotage.GoesByTheLeadersAverage,
+        expect="STUCK",
+        ranks=2,
+        steps=9,
+        groups=3,
+        climate=LAN,
+        faults=NOTHING,
+        triggers=FAILS_AS_RANKS_REDUCE,
+        seeds=4,
     ),
     "a notice severs no follower": Sabotage(
         follower=sabotage.KeepsItsCollectives, expect="STUCK", seeds=10, ranks=2, steps=6
     ),
     "a follower's average is lost with the quorum": Sabotage(
-        follower=sabotage.ForgetsItsAverage, expect="STUCK", seed=20, seeds=20, ranks=2, steps=6
+        follower=sabotage.ForgetsItsAverage, expect="STUCK", seed=49, seeds=1, ranks=2, steps=6
     ),
-    "a follower ballots once a step": Sabotage(follower=sabotage.BallotsOnce, expect="STUCK", ranks=2, steps=6),
+    "a follower ballots once a step": Sabotage(
+        follower=sabotage.BallotsOnce, expect="STUCK", seed=56, seeds=1, ranks=2, steps=6
+    ),
 }
 
 

@@ -1,6 +1,8 @@
 """A training job whose replica groups have several ranks, each a process of its own."""
 
 import contextlib
+import os
+import signal
 import socket
 from collections.abc import Iterator
 from typing import Any
@@ -34,6 +36,10 @@ class RankedJob(Job):
     def start_teams(self, plans: dict[tuple[int, int], dict[str, Any]] | None = None, **plan: Any) -> None:
         for group in range(self.groups):
             self.start_team(group, {r: p for (g, r), p in (plans or {}).items() if g == group}, **plan)
+
+    def kill(self, member: Running) -> None:
+        assert member.process.pid is not None
+        os.kill(member.process.pid, signal.SIGKILL)
 
     def everyone(self, *but: int) -> list[Running]:
         return [member for group, team in self.team.items() if group not in but for member in team]

@@ -41,7 +41,7 @@ class Plan:
     seed: int = 0
     at_step: int = 0
     after_steps: int = 0  # instead of at_step: counted from this process's first step
-    die_in: str = ""  # forward, backward, reduction, before_step, vote, voted, optimizer, updated
+    die_in: str = ""  # fetch, apply, forward, backward, reduction, before_step, vote, voted, optimizer, updated
     at_configure: int = 0  # die instead in its nth group: rebuild (before it is built), rebuilt, offer, rereduce
     signal: int = signal.SIGKILL  # that it sends itself there, once
     object_at_step: int = 0  # report_error in this one
@@ -163,6 +163,20 @@ class StrikingSGD(torch.optim.SGD):
         return result
 
 
+class StrikingState:
+    """Part of the live state: a process that has made no step yet is asked for it when it fetches."""
+
+    def __init__(self, worker: "Worker") -> None:
+        self._worker = worker
+
+    def state_dict(self) -> dict[str, object]:
+        self._worker.strike("fetch")
+        return {}
+
+    def load_state_dict(self, _state: dict[str, object]) -> None:
+        self._worker.strike("apply")
+
+
 class Reports(logging.Handler):
     """Sends Everstep's log lines to the test, without their `[job group/rank - step]`."""
 
@@ -251,6 +265,7 @@ class Worker:
             loader = DataLoader(
                 dataset, batch_sampler=sampler, num_workers=self.plan.workers, multiprocessing_context=context
             )
+            manager.register("striking", StrikingState(self))
             next(net.children()).register_forward_hook(lambda *_: self.strike("forward"))
             next(net.parameters()).register_hook(lambda _: self.strike("backward"))  # type: ignore[no-untyped-call]
             for epoch in range(1 << 30):

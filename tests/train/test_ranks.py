@@ -58,6 +58,51 @@ def test_a_rank_killed_anywhere_ends_its_group_alone_and_the_group_comes_back() 
 
 
 @pytest.mark.soak
+def test_a_rank_killed_while_its_group_recovers_costs_nobody_a_step() -> None:
+    """No rank applies its part while another may not get one; one that dies as it applies takes its group along."""
+    with RankedJob(2, heartbeat_timeout_s=10.0) as job:
+        job.start_teams()
+        survivors = job.team[0]
+        job.until_steps(job.everyone(), 5)
+        job.kill(job.team[1][1])
+        job.until_team_fails(1)
+        for rank, point in [(1, "fetch"), (0, "apply")]:
+            team = job.start_team(1, {rank: {"die_in": point}})
+            job.until_team_fails(1)
+            assert team[rank].process.exitcode == -signal.SIGKILL
+            has_applied = [any(line.startswith("recovered step=") for line in member.logs) for member in team]
+            assert not any(has_applied) or point == "apply"
+        job.until_all_recover(job.start_team(1))
+        job.stop([*survivors, *job.team[1]])
+        assert_nothing_lost(survivors)
+        assert_ranks_agree(job)
+
+
+@pytest.mark.soak
+def test_a_group_founds_no_history_with_the_state_that_only_one_of_its_ranks_had_fetched() -> None:
+    with RankedJob(2, heartbeat_timeout_s=20.0) as job:
+        job.start_teams()
+        job.until_steps(job.everyone(), 5)
+        job.kill(job.team[0][1])
+        job.until_team_fails(0)
+        leader, follower = job.start_team(0, {0: {"die_in": "fetch", "signal": signal.SIGSTOP}})
+        has_fetched = "rank 1 has its part, and rank 0 stopped itself before it had"
+        job.until(lambda: leader.is_holding and any("rank recovered" in line for line in follower.logs), has_fetched)
+        for member in job.team[1]:
+            job.kill(member)
+        job.until_team_fails(1)
+        assert leader.process.pid is not None
+        os.kill(leader.process.pid, signal.SIGCONT)
+        job.start_team(1)
+        members = job.everyone()
+        job.until(lambda: all(m.participants == 2 for m in members), "they train together, with a new history")
+        job.stop(members)
+        assert leader.steps[0]["step"] == follower.steps[0]["step"] == 1, "it is they who founded it"
+        assert not [line for line in follower.logs if line.startswith("recovered step=")], "with their initial state"
+        assert_ranks_agree(job)
+
+
+@pytest.mark.soak
 def test_the_objection_of_one_rank_aborts_the_step_on_every_rank_of_every_group() -> None:
     with RankedJob(2) as job:
         job.start_teams({(0, 0): {"object_at_step": 6}, (1, 1): {"object_at_step": 8}})

@@ -29,6 +29,8 @@ from everstep.core.group import (
 )
 from everstep.core.messages import Effect, Log, Sever, Tell
 from everstep.core.moves import (
+    Applied,
+    Apply,
     AskToLeave,
     BarrierEnded,
     Build,
@@ -79,6 +81,7 @@ class Follower(ReplicaState):
         self._severed: QuorumId | None = None
         self._settled_in: QuorumId | None = None
         self._recovered_in: QuorumId | None = None
+        self._has_to_apply = False  # every rank has its part of the state
         self._failed_in: QuorumId | None = None
         self._balloted_for: StepKey | None = None
 
@@ -122,6 +125,8 @@ class Follower(ReplicaState):
 
     def next_move(self) -> Move:
         move = super().next_move()
+        if self._has_to_apply:
+            return Apply()
         if self._prepared < self._prepares:
             return Prepare()
         match move:
@@ -166,6 +171,8 @@ class Follower(ReplicaState):
     def _show(self, view: View) -> list[Effect]:
         if view.lineage is not None and view.lineage.step == self.step + 1:
             self._steps += 1
+        if self.lineage is None and view.lineage is not None and self._recovered_in is not None:
+            self._has_to_apply |= view.quorum_id == self._recovered_in  # in any other it has founded the history
         key, quorum_id, round_ = self._key, self._quorum_id, self.round
         self.has_view = True
         self.quorum = self._quorum_of(view)
@@ -221,6 +228,9 @@ class Follower(ReplicaState):
                 return [Tell(RankDecides(self._batch_number, together))]
             case Prepared():
                 self._prepared += 1
+                return []
+            case Applied():
+                self._has_to_apply = False
                 return []
             case CollectiveFailed(quorum_id, peer, detail, is_unreachable):
                 if self.is_frozen or quorum_id != self._quorum_id:

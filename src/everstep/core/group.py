@@ -65,7 +65,7 @@ class RankSettled(msgspec.Struct, frozen=True, array_like=True, tag="settled"):
 
 
 class RankRecovered(msgspec.Struct, frozen=True, array_like=True, tag="recovered"):
-    """It has fetched, verified and applied its part of the state."""
+    """It has fetched and verified its part of the state, and applies it once the group has all parts."""
 
     quorum_id: QuorumId
 

@@ -1,6 +1,7 @@
 """The leader's machine: the member's rules of replica.py, where an event happened once it happened on every rank.
 
-    barrier ended, state recovered, gradients reduced      fed to the rules when all ranks have reported it
+    barrier ended, gradients reduced                       fed to the rules when all ranks have reported it
+    state recovered                                        when all ranks have fetched it; then they apply it
     vote                                                   ok if every rank's ballot is; cast when all are in
     collective failed, drain                               at once, whichever rank says so
     Ready (answer to a Notice)                             when all ranks have severed their collectives
@@ -9,9 +10,6 @@
 
 What a rank reports names the quorum, step and attempt it is about, so that a late report changes nothing.
 """
-
-import dataclasses
-import hashlib
 
 import msgspec
 
@@ -37,8 +35,10 @@ from everstep.core.group import (
     ToLeader,
     View,
 )
-from everstep.core.messages import Activity, Effect, Heartbeat, Notice, Send, Sever, Tell, ToMember
+from everstep.core.messages import Effect, Heartbeat, Notice, Send, Sever, Tell, ToMember
 from everstep.core.moves import (
+    Applied,
+    Apply,
     AskToLeave,
     BarrierEnded,
     CollectiveFailed,
@@ -62,25 +62,11 @@ from everstep.core.moves import (
     Wait,
 )
 from everstep.core.replica import Replica
+from everstep.core.tally import OWN, Tally
 from everstep.core.types import LocalProtocolError, Phase, Quorum, QuorumId
 from everstep.core.vouching import Vouching
 
-OWN = 0  # the leader's rank in its group
 DIVIDED = "the ranks of this group came to the vote differently: some skipped the step"
-
-
-@dataclasses.dataclass
-class Tally:
-    """What the ranks have reported of the quorum and of the try at hand."""
-
-    quorum_id: QuorumId | None = None
-    barrier: BarrierEnded | None = None  # the leader's own
-    settled: set[int] = dataclasses.field(default_factory=set)
-    recovered: set[int] = dataclasses.field(default_factory=set)
-    key: StepKey | None = None
-    reduced: dict[int, RankReduced] = dataclasses.field(default_factory=dict)
-    ballots: dict[int, str] = dataclasses.field(default_factory=dict)
-    is_prepared: bool = False  # these reductions
 
 
 class Leader(Replica):
@@ -94,7 +80,6 @@ class Leader(Replica):
         self._ranks_left: dict[int, str] = {}
         self._vouching = Vouching(range(1, group_size), now)
         self._is_alone = False  # without a lighthouse
-        self._beats: dict[int, RankBeat] = {}
         self._severed: QuorumId | None = None
         self._holds_average = False
         self._shown: View | None = None
@@ -105,6 +90,7 @@ class Leader(Replica):
         self._is_reopened = False  # by a rank, while a round was open
         self._prepares = 0
         self._prepared = 0  # by this rank
+        self._has_to_apply = False  # every rank has its part of the state; this one has yet to put it in place
 
     # ---- the machine contract
 
@@ -117,16 +103,8 @@ class Leader(Replica):
         return self._finish(super().tick(now), now)
 
     def heartbeat(self, now: float) -> Heartbeat:
-        """The group's: it waits for other groups once all of its ranks do; until then, what keeps it."""
-        own = super().heartbeat(now)
-        beats = self._beats.values()
-        doings = [(own.activity, own.activity_s, own.section), *((b.activity, b.activity_s, b.section) for b in beats)]
-        busy = [doing for doing in doings if doing[0] is not Activity.WAITING] or doings
-        activity, activity_s, section = max(busy, key=lambda doing: (bool(doing[2]), doing[1]))
-        longest_s = max([own.longest_s, *(beat.longest_s for beat in beats)])
-        return msgspec.structs.replace(
-            own, activity=activity, activity_s=activity_s, section=section, longest_s=longest_s
-        )
+        """The group's."""
+        return self._vouching.heartbeat(super().heartbeat(now))
 
     # ---- what the training thread asks
 
@@ -140,6 +118,8 @@ class Leader(Replica):
 
     def next_move(self) -> Move:
         move, tally = super().next_move(), self._tally
+        if self._has_to_apply:
+            return Apply()
         if self._prepared < self._prepares:
             return Prepare()
         if isinstance(move, Recover) and OWN in tally.recovered:
@@ -163,7 +143,7 @@ class Leader(Replica):
             tally.ballots[OWN] = objection
         if self.phase is not Phase.REDUCED or len(tally.ballots) < self.group_size:
             return None, []
-        self.objection = self._objection_of_all()
+        self.objection = tally.objection()
         return self.cast_vote(not self.objection), []
 
     def begin_batch(self) -> list[Effect]:
@@ -199,6 +179,9 @@ class Leader(Replica):
             case Prepared():
                 self._prepared += 1
                 return []
+            case Applied():
+                self._has_to_apply = False
+                return []
             case AskToLeave():
                 return self._drain(event, now)
             case TrainAlone():
@@ -213,7 +196,7 @@ class Leader(Replica):
         self._vouching.heard(rank, now)
         match message:
             case RankBeat():
-                self._beats[rank] = message
+                self._vouching.beat(rank, message)
                 return []
             case RankFroze(round_):
                 self._vouching.froze(rank, round_)
@@ -263,7 +246,11 @@ class Leader(Replica):
         if quorum_id != tally.quorum_id:
             return []
         tally.recovered.add(rank)
-        return super().receive(StateRecovered(quorum_id), now) if len(tally.recovered) == self.group_size else []
+        if len(tally.recovered) < self.group_size or self.lineage is not None:
+            return []
+        out = super().receive(StateRecovered(quorum_id), now)
+        self._has_to_apply |= self.lineage is not None
+        return out
 
     def _rank_reduced(self, rank: int, report: RankReduced, now: float) -> list[Effect]:
         tally = self._tally
@@ -272,11 +259,8 @@ class Leader(Replica):
         tally.reduced[rank] = report
         if len(tally.reduced) < self.group_size:
             return []
-        samples = hashlib.blake2b(digest_size=16)
-        for each in range(self.group_size):
-            samples.update(tally.reduced[each].samples)
         contributors = tally.reduced[OWN].contributors
-        return super().receive(GradientsReduced(report.key.quorum_id, contributors, samples.digest()), now)
+        return super().receive(GradientsReduced(report.key.quorum_id, contributors, tally.samples()), now)
 
     def _rank_reopened(self, rank: int, number: int, now: float) -> list[Effect]:
         if number != self._batches:
@@ -299,14 +283,6 @@ class Leader(Replica):
             return []
         return [*super().receive(Leave(self._ranks_left[OWN]), now), Tell(AllLeft())]
 
-    def _objection_of_all(self) -> str:
-        for rank, objection in sorted(self._tally.ballots.items()):
-            if objection:
-                return objection if rank == OWN else f"rank {rank}: {objection}"
-        if len({report.shares for report in self._tally.reduced.values()}) > 1:
-            return "the ranks of this group contributed different numbers of batches, or reduced in different quorums"
-        return ""
-
     def _freeze(self, message: Notice) -> list[Effect]:
         """A group that puts notices off gets here when a collective failed on one rank: that frees the others, too."""
         cut: list[Effect] = []
@@ -319,10 +295,11 @@ class Leader(Replica):
     def _finish(self, effects: list[Effect], now: float) -> list[Effect]:
         """Turn to the new quorum or try, keep back what needs every rank, and show the followers what changed."""
         self._vouching.interval_s = self._beat_interval_s
-        self._turn_tally()
         if self._is_reopened and not self.is_frozen:
+            # First: then all ranks reduce again, also one whose report of what it added came while this one was frozen.
             self._is_reopened = False
             effects = [*effects, *super().receive(MoreReductions(), now)]
+        self._turn_tally()
         self._let_prepare()
         out: list[Effect] = []
         for effect in effects:

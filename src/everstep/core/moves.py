@@ -74,7 +74,15 @@ class Prepare:
     """
 
 
-Move = Wait | Build | Recover | Reduce | Vote | Prepare
+@dataclasses.dataclass(frozen=True)
+class Apply:
+    """Put the state that this rank has fetched in place, now, whatever else has happened: all ranks of this group do.
+
+    Then Applied. A group of one rank applies what it fetches at once.
+    """
+
+
+Move = Wait | Build | Recover | Reduce | Vote | Prepare | Apply
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,7 +122,7 @@ class BarrierEnded:
 
 @dataclasses.dataclass(frozen=True)
 class StateRecovered:
-    """Every byte of the state that the plan names is verified and applied."""
+    """Every byte of the state that the plan names is verified, and applied; of several ranks: kept until Apply."""
 
     quorum_id: QuorumId
 
@@ -147,6 +155,11 @@ class Deciding:
 @dataclasses.dataclass(frozen=True)
 class Prepared:
     """What a Prepare asked for has run on this rank."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Applied:
+    """What an Apply asked for is done on this rank."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -200,6 +213,7 @@ ReplicaEvent = (
     | MoreReductions
     | Deciding
     | Prepared
+    | Applied
     | VoteEnded
     | CollectiveFailed
     | AskToLeave

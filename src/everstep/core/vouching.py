@@ -7,7 +7,10 @@ heartbeats and Hello while a rank is not heard.
 
 from collections.abc import Iterable
 
-from everstep.core.messages import Heartbeat, Hello, Ready, Send
+import msgspec
+
+from everstep.core.group import RankBeat
+from everstep.core.messages import Activity, Heartbeat, Hello, Ready, Send
 from everstep.core.types import NO_ROUND, FailureRound, MemberId
 
 SILENT_AFTER_S = 0.5  # before Welcome has told the interval
@@ -19,12 +22,27 @@ class Vouching:
     def __init__(self, ranks: Iterable[int], now: float) -> None:
         self.interval_s = 0.0  # in which every rank must be heard
         self._heard_at = dict.fromkeys(ranks, now)
+        self._beats: dict[int, RankBeat] = {}
         self._froze: dict[int, FailureRound] = dict.fromkeys(self._heard_at, NO_ROUND)
         self._held: Send | None = None  # a Ready
         self._owes_hello = False
 
     def heard(self, rank: int, now: float) -> None:
         self._heard_at[rank] = now
+
+    def beat(self, rank: int, beat: RankBeat) -> None:
+        self._beats[rank] = beat
+
+    def heartbeat(self, own: Heartbeat) -> Heartbeat:
+        """The group's: it waits for other groups once all of its ranks do; until then, what keeps it."""
+        beats = self._beats.values()
+        doings = [(own.activity, own.activity_s, own.section), *((b.activity, b.activity_s, b.section) for b in beats)]
+        busy = [doing for doing in doings if doing[0] is not Activity.WAITING] or doings
+        activity, activity_s, section = max(busy, key=lambda doing: (bool(doing[2]), doing[1]))
+        longest_s = max([own.longest_s, *(beat.longest_s for beat in beats)])
+        return msgspec.structs.replace(
+            own, activity=activity, activity_s=activity_s, section=section, longest_s=longest_s
+        )
 
     def froze(self, rank: int, round_: FailureRound) -> None:
         self._froze[rank] = max(round_, self._froze[rank])

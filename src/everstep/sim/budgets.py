@@ -41,6 +41,8 @@ RANK_POINTS = (
     "Deciding",
     "Prepare",
     "Prepared",
+    "Apply",
+    "Applied",
     "MoreReductions",
     "RankFroze",
     "RankSettled",

@@ -138,12 +138,12 @@ class LighthouseNode:
         deadline = self.machine.next_deadline()
         if deadline is None or (self._tick_at is not None and self._world.now < self._tick_at <= deadline):
             return
-        self._tick_at = deadline
+        at = self._tick_at = max(deadline, self._world.now)
         life = self._lives
 
         def tick() -> None:
-            if self.machine is None or life != self._lives:
-                return
+            if self.machine is None or life != self._lives or self._tick_at != at:
+                return  # another life, or one that was armed since takes its place
             if self._world.now < self._stopped_until:
                 self._world.at(self._stopped_until, tick)
                 return
@@ -157,4 +157,4 @@ class LighthouseNode:
                 self._perform(effects)
             self._arm()
 
-        self._world.at(max(deadline, self._world.now), tick)
+        self._world.at(at, tick)

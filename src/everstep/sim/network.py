@@ -48,6 +48,7 @@ class Delays:
     compute: tuple[float, float] = (0.005, 0.02)
     collective: tuple[float, float] = (0.0001, 0.003)
     transfer: tuple[float, float] = (0.001, 0.05)
+    apply: tuple[float, float] = (0.0, 0.005)  # of a state that was fetched
     fsync: tuple[float, float] = (0.0002, 0.004)
     notice_of_death: tuple[float, float] = (0.001, 0.05)
     wake: tuple[float, float] = (0.0, 0.001)  # until a waiting training thread sees what the link thread changed

@@ -157,11 +157,11 @@ class Party:
         deadline = self.replica.next_deadline()
         if deadline is None or (self._tick_at is not None and self._world.now < self._tick_at <= deadline):
             return
-        self._tick_at = deadline
+        at = self._tick_at = max(deadline, self._world.now)
 
         def tick() -> None:
-            if not self.is_alive:
-                return
+            if not self.is_alive or self._tick_at != at:
+                return  # one that was armed since takes its place
             if self._world.now < self.frozen_until:
                 self._world.at(self.frozen_until, tick)
                 return
@@ -172,7 +172,7 @@ class Party:
             else:
                 self._arm()
 
-        self._world.at(max(deadline, self._world.now), tick)
+        self._world.at(at, tick)
 
     def kill(self, *, is_noticed: bool = True) -> None:
         if not self.is_alive:
@@ -290,9 +290,12 @@ class Party:
             if donor.weights.step != lineage.step:  # its optimizer has not run yet
                 self._wait_for(("transfer",), self._world.draw("message"), fetched)
                 return
-            self.weights = donor.weights
-            self._applied_step, self._history = lineage.step, lineage.history
-            self._world.checkers.recovered(self.name, lineage, self.weights)
+            self._take(lineage, donor.weights)
             self._report(StateRecovered(quorum.id))
 
         self._wait_for(("transfer",), self._world.draw("transfer"), fetched)
+
+    def _take(self, lineage: Lineage, weights: Weights) -> None:
+        self.weights = weights
+        self._applied_step, self._history = lineage.step, lineage.history
+        self._world.checkers.recovered(self.name, lineage, weights)

@@ -8,6 +8,8 @@ from everstep.core.group import Batch as Try
 from everstep.core.group import Outcome
 from everstep.core.messages import Activity
 from everstep.core.moves import (
+    Applied,
+    Apply,
     Build,
     CollectiveFailed,
     Deciding,
@@ -23,7 +25,7 @@ from everstep.core.moves import (
     Vote,
     VoteEnded,
 )
-from everstep.core.types import Quorum, QuorumId
+from everstep.core.types import Lineage, Quorum, QuorumId
 from everstep.sim.checkers import Batch, Violation, Weights
 from everstep.sim.party import Party
 
@@ -44,7 +46,6 @@ class RankParty(Party):
         self.team = team
         self.rank = rank
         self.has_left = False
-        self._initial = initial
         self._inbox: deque[Callable[[], None]] = deque()
         self._script_has_ended = False
         self._issued_in: QuorumId | None = None  # the quorum of its newest collective, or recovery
@@ -53,6 +54,7 @@ class RankParty(Party):
         self._is_agreeing = False
         self._number = 0  # of batches that ended
         self._together = 0  # collectives of the script's own
+        self._fetched: tuple[Lineage, Weights]
         self._reset()
 
     def _reset(self) -> None:
@@ -113,7 +115,7 @@ class RankParty(Party):
     @property
     def _waits_in(self) -> QuorumId | None:
         """The quorum of the collective that its training thread is in."""
-        is_elsewhere = self._busy is None or self._busy[0] in ("compute", "stopped", "together")
+        is_elsewhere = self._busy is None or self._busy[0] in ("compute", "stopped", "together", "apply")
         return None if is_elsewhere else self._issued_in
 
     def _say(self, event: ReplicaEvent) -> None:
@@ -169,6 +171,9 @@ class RankParty(Party):
         if isinstance(move, Prepare):
             self._prepare_together(lambda: self._say(Prepared()))
             return False
+        if isinstance(move, Apply):
+            self._apply()
+            return False
         if self._try is not None and self._try != replica.batch:
             self._close()
             return True
@@ -189,12 +194,25 @@ class RankParty(Party):
             return False
         return self._make(move)
 
+    def _take(self, lineage: Lineage, weights: Weights) -> None:
+        """Aside, until every rank has its part."""
+        self._fetched = (lineage, weights)
+
+    def _apply(self) -> None:
+        self._world.faults.reached("Apply", self)
+        lineage, weights = self._fetched
+
+        def applied() -> None:
+            super(RankParty, self)._take(lineage, weights)
+            self._say(Applied())
+
+        self._wait_for(("apply",), self._world.draw("apply"), applied)
+
     def _begin(self) -> None:
         replica = self.replica
         if self._history != replica.lineage.history:
-            # It founds a history, with its own initial state. A rank that had fetched its part of a history that was
-            # lost before the group took it over would really begin with that part: docs/groups.md, "Limits".
-            self._history, self.weights = replica.lineage.history, Weights(self._initial.value, replica.step)
+            # It founds a history with what it has: its initial state, or what it applied of a history that was lost.
+            self._history, self.weights = replica.lineage.history, Weights(self.weights.value, replica.step)
         if self.weights.step != replica.step:
             raise Violation(f"{self.name} trains step {replica.step} with the weights of step {self.weights.step}")
         self._try = self._begin_batch()

@@ -14,7 +14,7 @@ from types import TracebackType
 
 from everstep.config import GroupSettings, ManagerSettings
 from everstep.core.follower import Follower
-from everstep.core.group import Batch, FromRank, GroupEnds, Outcome, RankBeat, ToFollower, ToLeader
+from everstep.core.group import Batch, FromRank, GroupEnds, Outcome, RankBeat, RankDrains, ToFollower, ToLeader
 from everstep.core.leader import Leader
 from everstep.core.moves import AskToLeave, Leave, ReplicaConfig
 from everstep.core.replica import Replica
@@ -108,6 +108,7 @@ class LeaderPresence(RankPresence):
     """Rank 0: the group's member of the protocol, and the one with the link."""
 
     _channel: GroupServer | None = None
+    _asked_grace_s: float | None = None  # to leave, when no link's thread was there to be told
 
     def _start(self) -> None:
         host, port = self._group.leader or (self._own_host(), 0)
@@ -155,12 +156,24 @@ class LeaderPresence(RankPresence):
                 self._channel.broadcast(GroupEnds(detail[:500]))
             self._channel.close()
 
+    def ask_to_leave(self, grace_s: float) -> None:
+        """Any thread, and a signal handler: without a link the channel's thread asks, when it hears a rank's beat."""
+        if self._client is not None:
+            super().ask_to_leave(grace_s)
+        else:
+            self._asked_grace_s = grace_s
+
     # ---- LeaderHandler: the channel's thread
 
     def on_rank(self, rank: int, message: ToLeader) -> None:
-        if self._driver is None:
-            return  # beats, before the machine is made
+        if self._driver is None:  # the machine is not made yet
+            if isinstance(message, RankDrains):
+                self._asked_grace_s = message.grace_s
+            return
         try:
+            grace_s, self._asked_grace_s = self._asked_grace_s, None
+            if grace_s is not None:
+                self.feed(AskToLeave(grace_s))
             self._driver.receive(FromRank(rank, message))
         except Exception as error:
             # Thread boundary: a bug must reach the training thread instead of leaving it without an answer.

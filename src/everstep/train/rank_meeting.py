@@ -62,7 +62,7 @@ class MeetingPlace:
     # ---- the followers'
 
     def locate(self) -> tuple[str, int, bytes]:
-        """Host, port, key; raises OSError while nothing is published."""
+        """Host, port, key; raises OSError while nothing is published. After a restart they may be the last leader's."""
         if self._group.leader is not None:
             return (*self._group.leader, self._token)
         try:

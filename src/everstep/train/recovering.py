@@ -1,5 +1,6 @@
 """Live state of this member: what is registered, how it is offered to joiners, and how a joiner takes it over."""
 
+import dataclasses
 import math
 import time
 from collections.abc import Callable, Mapping
@@ -7,7 +8,7 @@ from typing import Protocol
 
 from everstep.core.moves import Recover
 from everstep.core.recovery_plan import RecoveryPlan
-from everstep.core.types import Lineage, Quorum, QuorumId
+from everstep.core.types import Lineage, MemberId, Quorum, QuorumId
 from everstep.errors import ConfigError, RecoveryFailed, RemoteProtocolError
 from everstep.recovery import Fetch, FetchRequest, Snapshot
 from everstep.train.presence import Presence
@@ -39,8 +40,8 @@ class LiveState:
     def save(self) -> dict[str, object]:
         return {name: dict(save()) for name, (save, _) in self._parts.items()}
 
-    def load(self, state: dict[str, object]) -> None:
-        """Apply a state whose every byte is verified. Raises ConfigError for parts that only one side has."""
+    def check(self, state: dict[str, object]) -> None:
+        """Raises ConfigError for parts that only one side has."""
         missing = [name for name in self._parts if name not in state]
         unknown = [name for name in state if name not in self._parts]
         if missing or unknown:
@@ -48,10 +49,23 @@ class LiveState:
                 f"this script registers other state than its peers (only here: {missing or 'none'}, only there: "
                 f"{unknown or 'none'}); every replica group must run the same script"
             )
+
+    def load(self, state: dict[str, object]) -> None:
+        """Apply a state whose every byte is verified, and that was checked."""
         for name, (_, load) in self._parts.items():
             part = state[name]
             assert isinstance(part, dict)
             load(part)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Fetched:
+    """A state that waits to be applied."""
+
+    state: dict[str, object]
+    step: int
+    source: MemberId
+    fetch_ms: float
 
 
 class Recovery:
@@ -61,6 +75,7 @@ class Recovery:
         self._presence = presence
         self._state = state
         self._offered: str | None = None
+        self._fetched: Fetched | None = None
 
     def offer(self, quorum: Quorum, plan: RecoveryPlan, rank: int) -> None:
         """At a step boundary, when the plan makes this member a source: a snapshot for its receivers."""
@@ -89,7 +104,7 @@ class Recovery:
             self._offered = None
 
     def fetch(self, move: Recover, source_url: str) -> None:
-        """Fetch from the source at this URL, verify, apply.
+        """Fetch from the source at this URL, verify, keep for `apply`.
 
         Raises StepInterrupted, RecoveryFailed or, for good, ConfigError.
         """
@@ -107,14 +122,22 @@ class Recovery:
                 state = fetch.run()
         except RemoteProtocolError as error:  # from something else at that address, or a broken peer: ask again
             raise RecoveryFailed(f"{source_url} sent what no source sends: {error}") from error
-        fetched_at = time.monotonic()
-        self._state.load(state)
+        self._state.check(state)
+        fetch_ms = (time.monotonic() - started_at) * 1e3
+        self._fetched = Fetched(state=state, step=move.lineage.step, source=source.id, fetch_ms=fetch_ms)
+
+    def apply(self) -> None:
+        """Put the state fetched last in place."""
+        fetched, self._fetched = self._fetched, None
+        assert fetched is not None
+        started_at = time.monotonic()
+        self._state.load(fetched.state)
         self._presence.log.info(
             "recovered step=%d from=%s fetch_ms=%.1f apply_ms=%.1f",
-            move.lineage.step,
-            source.id,
-            (fetched_at - started_at) * 1e3,
-            (time.monotonic() - fetched_at) * 1e3,
+            fetched.step,
+            fetched.source,
+            fetched.fetch_ms,
+            (time.monotonic() - started_at) * 1e3,
         )
 
 

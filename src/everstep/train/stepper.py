@@ -15,6 +15,8 @@ from everstep.collectives.step_journal import Reduction, StepJournal
 from everstep.core.group import Batch, Outcome
 from everstep.core.messages import Activity, Effect
 from everstep.core.moves import (
+    Applied,
+    Apply,
     BarrierEnded,
     Build,
     CollectiveFailed,
@@ -165,7 +167,7 @@ class Stepper:
             with self._presence.changed:
                 move = self._presence.replica.next_move()
                 self._presence.replica.book(move, time.monotonic())
-                if not isinstance(move, Prepare):
+                if not isinstance(move, Prepare | Apply):
                     if self._is_decided() or is_reached(move):
                         self._mark(Activity.COMPUTING)
                         return
@@ -190,6 +192,11 @@ class Stepper:
             case Recover():
                 self._mark(Activity.RECOVERING)
                 self._fetch(move)
+                self._mark(Activity.WAITING)
+            case Apply():
+                self._mark(Activity.RECOVERING)
+                self._recovery.apply()
+                self._presence.feed(Applied())
                 self._mark(Activity.WAITING)
             case Reduce(quorum):
                 self._try(quorum.id, lambda: self._reduce(quorum, until))
@@ -266,6 +273,8 @@ class Stepper:
             self._fetch_again_s = min(2 * self._fetch_again_s, FETCH_AGAIN_S[1])
             return
         self._fetch_again_s = FETCH_AGAIN_S[0]
+        if self._presence.group_size == 1:
+            self._recovery.apply()
         self._presence.feed(StateRecovered(quorum_id))
 
     def _reduce(self, quorum: Quorum, until: Callable[[], bool] | None) -> None:
