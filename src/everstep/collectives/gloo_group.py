@@ -30,6 +30,7 @@ from everstep.collectives.sockets import (
     ends_of,
     find_sockets,
     host_and_port,
+    is_emptied,
     is_open,
     joined,
     open_recognised,
@@ -43,6 +44,8 @@ from everstep.errors import ConfigError, PeerLost, StepInterrupted
 SETTLE_TIMEOUT_S = 10.0
 # How long a severed connection stays open for what peers still send into it, until they are told, too.
 LINGER_S = 0.1
+# Gloo closes a severed connection at once, or is never going to (`_are_emptied`).
+CLOSES_WITHIN_S = 0.3
 # A member that has its result may leave; what it sent is on its way to the others for a moment longer.
 CLOSED_GRACE_S = 0.1
 
@@ -71,6 +74,7 @@ class GlooGroup(GroupFate[GlooWork]):
         self._connections: list[OpenSocket] = []  # complete once built
         self._rank_at: dict[Address, int] = {}  # the far end of each connection
         self._rank_of: dict[OpenSocket, int] = {}
+        self._cut_at: float | None = None
         self._closed_at: float | None = None  # since when a connection is known to be closed
         self._new_threads: list[int] = []  # Gloo's for this group among them
         self._sleeps_seen: list[str] = []  # at the last look
@@ -119,6 +123,7 @@ class GlooGroup(GroupFate[GlooWork]):
         An idle one ends at once; otherwise peers get LINGER_S to be told, before their sends into it fail.
         """
         with self._cutting:
+            self._cut_at = self._cut_at or time.monotonic()
             if self.ended.is_set():
                 self._kept += sever(self._connections)
             else:
@@ -140,12 +145,27 @@ class GlooGroup(GroupFate[GlooWork]):
 
     def is_stuck(self) -> bool:
         """Whether its operations sleep for good (see gloo_work). Ask some milliseconds apart: it compares two looks."""
-        if not self.is_severed or not self.ended.is_set() or any(is_open(c) for c in self._connections):
+        if not self.is_severed or not self.ended.is_set():
+            return False
+        still_open = [c for c in self._connections if is_open(c)]
+        if still_open and not self._are_emptied(still_open):
             return False
         look = [sleep for thread in self._new_threads if (sleep := _sleep_of(thread)) is not None]
         is_same = look == self._sleeps_seen and all(look)
         self._sleeps_seen = look
         return bool(look) and is_same
+
+    def _are_emptied(self, still_open: list[OpenSocket]) -> bool:
+        """Connections that Gloo reads no more, and so never closes. Nothing can come out of them any more.
+
+        A pair that has received part of a message for an operation that has failed meanwhile, because of another
+        peer, finds its buffer gone at each look, and gives up before it would see the end of the connection (torch
+        2.13, pair.cc, prepareRead). Whoever waits on that pair sleeps for good.
+        """
+        if self._cut_at is None or time.monotonic() - self._cut_at < CLOSES_WITHIN_S:
+            return False
+        emptied = [is_emptied(c) for c in still_open]
+        return all(emptied)
 
     def watch(self) -> None:
         """While an operation waits: a connection that Gloo has closed means that the group is lost, all of it.

@@ -16,6 +16,8 @@ from typing import TypeVar
 Address = tuple[str, int]  # numeric host, port
 _Opened = TypeVar("_Opened")
 
+EMPTYING_BYTES = 1 << 18
+EMPTYING_MAX = 1000
 ATTEMPTS_MAX = 20
 _TCP_FAMILIES = (socket.AF_INET, socket.AF_INET6)
 
@@ -95,6 +97,24 @@ def sever(sockets: Iterable[OpenSocket]) -> list[socket.socket]:
             except OSError:  # listening, or the peer has reset it
                 sock.close()
     return severed
+
+
+def is_emptied(opened: OpenSocket) -> bool:
+    """Throw away what the kernel still holds for a severed connection; True once it is at its end: nothing follows."""
+    sock = _duplicate(opened)
+    if sock is None:
+        return True
+    with sock:
+        try:
+            sock.shutdown(socket.SHUT_RD)
+            for _ in range(EMPTYING_MAX):
+                if not sock.recv(EMPTYING_BYTES, socket.MSG_DONTWAIT):
+                    return True
+        except BlockingIOError:
+            return False
+        except OSError:  # reset
+            return True
+    return False
 
 
 def open_recognised(open_it: Callable[[], _Opened], matches: Callable[[Ends], bool]) -> tuple[_Opened, OpenSocket]:
