@@ -1,6 +1,7 @@
 """Fixtures for every test, and the check that the whole session leaves nothing behind."""
 
 import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,6 +10,10 @@ import pytest
 
 from tests.support.leaks import LeakWatch, use_temp_dir
 from tests.support.processes import Spawner
+
+# Started in the background of a script, the tests would hand an ignored SIGINT on to every process they start.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Deadlines per example measure the machine, not the code. In CI a failure must not depend on the day.
 hypothesis.settings.register_profile("default", deadline=None)

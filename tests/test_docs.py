@@ -182,7 +182,7 @@ def test_every_shell_command_is_one_that_this_file_knows() -> None:
         r"everstep lighthouse( --[\w-]+ \S+)*",  # the flags: below
         r"export( [A-Z_]+=\S+)+",  # test_examples, and the next
         r"REPLICA_GROUP_ID=\d (python|torchrun --standalone --nproc-per-node 1) examples/train_ddp\.py --steps \d+",
-        r"everstep (status|admit \S+)",  # lighthouse/test_command
+        r"everstep (status|admit \S+)( --lighthouse \S+)?",  # lighthouse/test_command
         r'curl -N "localhost:29520/api/v1/events\?job=default&after=oldest"',  # lighthouse/test_events
         r"everstep status",  # lighthouse/test_command
         r"python -m everstep\.sim --seed 7 --trace",  # below
