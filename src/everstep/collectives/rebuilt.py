@@ -14,6 +14,7 @@ from typing import Protocol
 from torch import Tensor
 
 from everstep import fork_guard
+from everstep.collectives.heap import give_back
 from everstep.collectives.process_group import Membership, ReconfigurableProcessGroup, ReduceOp, Work
 from everstep.core.types import LocalProtocolError, QuorumId
 from everstep.errors import PeerLost, StepInterrupted
@@ -238,3 +239,4 @@ def _drain(groups: list[QuorumGroup]) -> None:
 def _take_down(groups: list[QuorumGroup]) -> None:
     for group in groups:
         group.take_down()
+    give_back()
