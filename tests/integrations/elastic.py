@@ -9,6 +9,9 @@ from pathlib import Path
 
 from everstep.config import LighthouseSettings
 from everstep.lighthouse.app import Lighthouse
+from everstep.link.auth import Credentials
+from everstep.link.dial import LinkTarget
+from everstep.link.operate import job_status
 from tests.support import proc
 from tests.support.processes import Spawned, Spawner
 
@@ -86,6 +89,12 @@ class ElasticJob:
         for agent in self._agents:
             if agent.is_alive():
                 kill_host(agent)
+
+    def nodes(self) -> int:
+        """How many the lighthouse has, those that wait for a place among them."""
+        where = LinkTarget(url=f"http://{self.address}", credentials=Credentials(job_id="elastic"))
+        (group,) = job_status(where)["rendezvous"].values()
+        return int(group["nodes"])
 
     def end(self) -> None:
         """Let the workers finish."""

@@ -29,6 +29,7 @@ from everstep.collectives.sockets import (
     close_on_exec,
     ends_of,
     find_sockets,
+    has_peer_gone,
     host_and_port,
     is_emptied,
     is_open,
@@ -48,6 +49,8 @@ LINGER_S = 0.1
 CLOSES_WITHIN_S = 0.3
 # A member that has its result may leave; what it sent is on its way to the others for a moment longer.
 CLOSED_GRACE_S = 0.1
+# Gloo closes a connection that its peer has ended as soon as it has read what came before, or is never going to.
+GONE_GRACE_S = 0.5
 
 _log = logging.getLogger(__name__)
 
@@ -175,10 +178,13 @@ class GlooGroup(GroupFate[GlooWork]):
         if self.is_severed:
             return
         closed = next((c for c in self._connections if not is_open(c)), None)
+        grace_s = CLOSED_GRACE_S
+        if closed is None:
+            closed, grace_s = next((c for c in self._connections if has_peer_gone(c)), None), GONE_GRACE_S
         now = time.monotonic()
         if closed is None or self._closed_at is None:
             self._closed_at = None if closed is None else now
-        elif now - self._closed_at >= CLOSED_GRACE_S:
+        elif now - self._closed_at >= grace_s:
             rank = self._rank_of.get(closed)
             who = "a member" if rank is None else f"rank {rank}"
             self.condemn(PeerLost(f"quorum {self.membership.quorum_id}: {who} closed its connection", rank))

@@ -16,6 +16,7 @@ from typing import TypeVar
 Address = tuple[str, int]  # numeric host, port
 _Opened = TypeVar("_Opened")
 
+TCP_CLOSE, TCP_CLOSE_WAIT = 7, 8  # linux/tcp_states.h
 EMPTYING_BYTES = 1 << 18
 EMPTYING_MAX = 1000
 ATTEMPTS_MAX = 20
@@ -97,6 +98,19 @@ def sever(sockets: Iterable[OpenSocket]) -> list[socket.socket]:
             except OSError:  # listening, or the peer has reset it
                 sock.close()
     return severed
+
+
+def has_peer_gone(opened: OpenSocket) -> bool:
+    """Whether the far end has closed or reset it, as the kernel knows; who reads it here may not have come to that."""
+    sock = _duplicate(opened)
+    if sock is None:
+        return True
+    with sock:
+        try:
+            state = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0]
+        except OSError:
+            return True
+    return state in (TCP_CLOSE, TCP_CLOSE_WAIT)
 
 
 def is_emptied(opened: OpenSocket) -> bool:

@@ -12,6 +12,7 @@ import logging
 import os
 import secrets
 import socket
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -85,6 +86,7 @@ class EverstepRendezvousHandler(RendezvousHandler):
         self._local_addr = local_addr
         self._client = NodeClient(settings.target, settings.group, settings.spec)
         self._is_started = False
+        self._was_spare = False  # until the job was over
         self._server: TCPStore | None = None  # that this agent hosts for the workers of its round
 
     def get_backend(self) -> str:
@@ -104,6 +106,7 @@ class EverstepRendezvousHandler(RendezvousHandler):
         try:
             info = self._client.next_round(self._open_store)
         except EverstepError as error:
+            self._was_spare = isinstance(error, RendezvousEnded) and error.was_spare
             raise _as_torch(error) from error
         log.info("round %s: node %s is %d of %d", info.round, self._settings.spec.node_id, info.rank, info.size)
         host, _, port = info.store.rpartition(":")
@@ -135,6 +138,15 @@ class EverstepRendezvousHandler(RendezvousHandler):
 
     def shutdown(self) -> bool:
         """Close the rendezvous for all and leave it; whether the others could be told."""
+        closed = self._shut_down()
+        if self._was_spare and isinstance(sys.exc_info()[1], AttributeError):
+            # torch's agent takes RendezvousGracefulExitError for a good end, and its launcher then asks the result
+            # that there is none of whether it has failed (torch 2.13, launcher/api.py). This is its `finally`.
+            log.info("this node was a spare, and the job is over")
+            raise SystemExit(0)
+        return closed
+
+    def _shut_down(self) -> bool:
         if not self._is_started:
             return True
         try:
