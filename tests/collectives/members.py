@@ -4,6 +4,7 @@ A member has two threads that matter, as a trainer has: one runs the operations 
 time (the link's part: it aborts). They are forked from a server that has imported torch, and killed with real signals.
 """
 
+import faulthandler
 import multiprocessing
 import os
 import queue
@@ -132,6 +133,7 @@ class _State:
 
 
 def _serve(pipe: Connection) -> None:
+    faulthandler.register(signal.SIGUSR1)  # shows where a member is that does not answer
     state = _State()
     orders: queue.SimpleQueue[tuple[int, str, tuple[Any, ...]]] = queue.SimpleQueue()
     sending = threading.Lock()
@@ -182,6 +184,20 @@ def _reduce_many(state: _State, elements: int) -> None:
     tensor = torch.ones(elements)
     while True:
         state.pg.allreduce(tensor, ReduceOp.MAX).wait()
+
+
+def _reduce_in_threads(state: _State, threads: int) -> None:
+    """From now on with as many of Gloo's threads; before the first configure."""
+    state.pg = GlooProcessGroup(threads=threads)
+
+
+def _reduce_several(state: _State, sizes: list[int]) -> None:
+    """Allreduces without end, so many at once, as the buckets of a backward pass are."""
+    tensors = [torch.ones(size) for size in sizes]
+    while True:
+        works = [state.pg.allreduce(tensor, ReduceOp.MAX) for tensor in tensors]
+        for work in works:
+            work.wait()
 
 
 def _issue(state: _State, values: list[float]) -> None:
@@ -281,6 +297,8 @@ ORDERS: dict[str, Callable[..., Any]] = {
     "configure": _configure,
     "allreduce": _allreduce,
     "reduce_many": _reduce_many,
+    "reduce_in_threads": _reduce_in_threads,
+    "reduce_several": _reduce_several,
     "allreduce_unreducible": _allreduce_unreducible,
     "overwrite": _overwrite,
     "unchanged": _unchanged,
