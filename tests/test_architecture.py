@@ -220,7 +220,6 @@ def test_no_module_outside_the_torch_folders_imports_torch(spawn: Spawner, src: 
     assert first_offender == [], "importing it, or one of the modules before it, imports torch"
 
 
-@pytest.mark.skipif(not (ROOT / "src/everstep/cli.py").exists(), reason="there is no command line yet")
 def test_help_is_quick(spawn: Spawner) -> None:
     started_at = time.monotonic()
     child = spawn(["-m", "everstep.cli", "--help"])

@@ -35,6 +35,14 @@ def test_a_child_holds_an_inert_descriptor_in_place_of_a_guarded_one() -> None:
         assert run_in_child("socket:", guarded.fileno()) == 1
 
 
+def test_a_child_lets_go_of_a_duplicate_of_a_guarded_socket_too() -> None:
+    with socket.socket() as guarded, guarded.dup() as duplicate, socket.socket() as other:
+        lift = fork_guard.guard(lambda: [guarded.fileno()])
+        assert run_in_child("/dev/null", duplicate.fileno()) == 1
+        assert run_in_child("socket:", other.fileno()) == 1
+        lift()
+
+
 def test_a_guard_that_fails_or_lists_a_closed_descriptor_hinders_neither_the_fork_nor_the_others() -> None:
     def broken() -> Iterable[int]:
         raise RuntimeError("broken")
