@@ -19,6 +19,7 @@ SCALE_GROUPS_MIN = 1000  # from here on it is about cost: one quorum, one failur
 
 
 CHUNK = 100  # seeds that a worker process gets at a time
+COLLECT_EVERY = 16  # seeds; a world is a few MB
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,14 +96,18 @@ def _run_chunk(seeds: range, *, size: Size, replica_type: type[Replica]) -> tupl
     counts: dict[str, int] = {}
     said: list[str] = []
     gc.disable()  # a world is a web of cycles that lives for one seed
-    for seed in seeds:
+    gc.freeze()  # what was imported is not looked through each time
+    for ran, seed in enumerate(seeds):
         world = size.world(seed, replica_type)
         outcome = world.run()
         word = outcome.verdict.split(" ")[0]
         counts[word] = counts.get(word, 0) + 1
         if not outcome.is_ok:
             said += [str(outcome), _how_to_reproduce(world)]
-        gc.collect()
+        del world
+        if ran % COLLECT_EVERY == COLLECT_EVERY - 1:
+            gc.collect()
+    gc.unfreeze()
     gc.enable()
     return counts, said
 
