@@ -62,7 +62,7 @@ lint: $(STAMP) ## ruff (rules and format) and mypy in strict mode
 soak: $(STAMP) ## the long versions: soak tests, then the simulator over SOAK_SEEDS (default 0:100000); 90 minutes
 	$(PY) -m pytest -m soak --hypothesis-profile=soak -o faulthandler_timeout=0
 	$(PY) -m everstep.sim --seeds $(SOAK_SEEDS) --groups 3:9 --jobs $$(nproc)
-	$(PY) -m everstep.sim --rendezvous --seeds $(SOAK_SEEDS)
+	$(PY) -m everstep.sim --rendezvous --seeds $(SOAK_SEEDS) --jobs $$(nproc)
 
 # Each gets a venv in .compat. Where torch has no CPU build for one, that is several GB of CUDA wheels.
 compat: ## the tests on each of COMPAT_PYTHONS that is installed (pythonX.Y, or under pyenv)
