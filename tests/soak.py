@@ -20,13 +20,15 @@ PYTEST = ("pytest", "-m", "soak", "--hypothesis-profile=soak", "-o", "faulthandl
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.soak", description=__doc__)
-    parser.add_argument("--seeds", default="0:100000", help="FROM:TO, of members and then of nodes")
+    parser.add_argument("--seeds", default="0:100000", help="FROM:TO")
     parser.add_argument("tests", nargs="*", help="what to give to pytest; default: all")
     args = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-    jobs = ("--seeds", args.seeds, "--jobs", str(os.cpu_count() or 1))
     began_at = time.monotonic()
-    with tempfile.TemporaryFile() as log, _started("tests.soak_seeds", *jobs, output=log) as seeds:
+    with (
+        tempfile.TemporaryFile() as log,
+        _started("tests.soak_seeds", args.seeds, str(os.cpu_count() or 1), output=log) as seeds,
+    ):
         with _started(*PYTEST, *args.tests) as tests:
             tests_status = tests.wait()
         _say(f"the tests ended with status {tests_status} after {(time.monotonic() - began_at) / 60:.1f} min")
