@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from everstep.collectives import torch_private
+from everstep.collectives.epolls import leave_alone
 from everstep.collectives.fate import GroupFate
 from everstep.collectives.gloo_threads import sleep_of, thread_ids
 from everstep.collectives.gloo_work import Alone, GlooWork, free_parked, park
@@ -159,7 +160,10 @@ class GlooGroup(GroupFate[GlooWork]):
         look = [sleep for thread in self._new_threads if (sleep := sleep_of(thread)) is not None]
         is_same = look == self._sleeps_seen and all(look)
         self._sleeps_seen = look
-        return bool(look) and is_same
+        if not look or not is_same:
+            return False
+        leave_alone(still_open)  # or Gloo's device thread would look at them without a pause until they are freed
+        return True
 
     def _are_emptied(self, still_open: list[OpenSocket]) -> bool:
         """Connections that Gloo reads no more, and so never closes. Nothing can come out of them any more.
