@@ -3,6 +3,7 @@
 import os
 import signal
 import time
+from typing import Any
 
 import pytest
 
@@ -15,7 +16,7 @@ from tests.train.ranks import RankedJob
 GIB = 1 << 30
 
 
-def start_with_tokens(job: Job, plans: dict[int, dict[str, object]] | None = None) -> list[Running]:
+def start_with_tokens(job: Job, plans: dict[int, dict[str, Any]] | None = None) -> list[Running]:
     for group in range(job.groups):
         job.start(group, agent_token=token_of(group), **(plans or {}).get(group, {}))
     return list(job.running.values())
