@@ -297,7 +297,9 @@ def _fork_and_finalize(state: _State) -> int:
 def _load_data(state: _State) -> list[float]:
     """Through a DataLoader whose workers are forks of this process."""
     data = TensorDataset(torch.arange(8.0))
-    return [float(batch.sum()) for (batch,) in DataLoader(data, batch_size=2, num_workers=2)]
+    # Not the default: it is that by which this process was started, and would import torch in a server of its own.
+    loader = DataLoader(data, batch_size=2, num_workers=2, multiprocessing_context="fork")
+    return [float(batch.sum()) for (batch,) in loader]
 
 
 def _stop_before_connecting(state: _State, seq: int, rank: int, size: int, store: str, host: str) -> None:
