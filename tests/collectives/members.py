@@ -102,8 +102,9 @@ class Member:
         os.kill(self.pid, number)
 
     def kill(self) -> None:
-        with suppress(ProcessLookupError):
-            self.signal(signal.SIGKILL)
+        if self._process.exitcode is None:  # else the fork server has reaped it, and the number may be another's by now
+            with suppress(ProcessLookupError):
+                self.signal(signal.SIGKILL)
         self._process.join(DEADLINE_S)
 
     def close(self) -> None:
