@@ -2,6 +2,7 @@
 
 import os
 import signal
+import threading
 import time
 from pathlib import Path
 
@@ -93,6 +94,7 @@ def test_an_exec_is_no_death(starter: Starter, scripts: Scripts) -> None:
     os.mkfifo(scripts.folder / "fifo")
     with Worker(starter, scripts.script(text)) as worker:
         assert [worker.read_line(), worker.read_line()] == ["up", "sh"]
+        wait_until(lambda: f"everstep-death-{worker.pid}" not in {thread.name for thread in threading.enumerate()})
         assert worker.deaths.empty()
         with open(scripts.folder / "fifo", "w"):
             pass

@@ -30,7 +30,6 @@ __all__ = ["TemplateSettings", "TemplateStarter"]
 
 _log = logging.getLogger("everstep.launcher")
 
-CANARY_S = 5.0
 READY_S = 600.0  # of waiting for a template that loads; its own thread gives up long before
 DEATHS_MAX = 5  # of templates within DEATHS_WITHIN_S, before workers are started plainly
 DEATHS_WITHIN_S = 60.0
@@ -52,6 +51,7 @@ class TemplateSettings:
     preload: tuple[str, ...] = ("torch",)
     python: str = sys.executable
     spares: int = 1
+    canary_s: float = 5.0  # for a parallel operation in a forked process, before no template is used
 
 
 class TemplateStarter:
@@ -248,7 +248,7 @@ class TemplateStarter:
                     raise
                 raise TemplateGone("ended while a canary was forked") from None
         canary.watch(_ignore_death, on_exit)
-        if not has_ended.wait(CANARY_S):
+        if not has_ended.wait(self._settings.canary_s):
             canary.signal_group(9)
             has_ended.wait(CLOSE_S)
             raise TemplateUnusable(
