@@ -107,8 +107,10 @@ def test_spares_are_used_and_replaced_and_leave_with_the_starter(scripts: Script
 
 
 def _forked_and_waiting() -> set[int]:
-    """And templates, which look alike."""
-    return {s.pid for s in proc.descendants(os.getpid()) if proc.command_line(s.pid).rstrip() == "everstep-template"}
+    """And templates, which look alike; but not who is between a template and a worker for an instant."""
+    me = os.getpid()
+    mine = [stat.pid for stat in proc.descendants(me) if stat.parent == me]
+    return {pid for pid in mine if proc.command_line(pid).rstrip() == "everstep-template"}
 
 
 def test_a_preload_that_runs_a_parallel_operation_is_found_out_by_the_canary(
