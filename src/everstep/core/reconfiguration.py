@@ -42,7 +42,7 @@ class Reconfigurer:
         out: list[Effect] = []
         self._joiners.pop(member, None)
         if member in state.suspects:
-            if state.suspects[member] in (Cause.SILENT, Cause.NO_READY, Cause.STUCK):
+            if cause is Cause.PROCESS_EXITED or state.suspects[member] in (Cause.SILENT, Cause.NO_READY, Cause.STUCK):
                 state.suspects[member] = cause  # firmer evidence than silence, or that it stood still
             return out
         if member not in state.known_members:
@@ -289,6 +289,7 @@ class Reconfigurer:
             else:
                 self._joiners.pop(member, None)
                 evicted.append(member)
+        self._state.left_out.update((member, suspects[member]) for member in evicted if member in suspects)
         out: list[Effect] = []
         for member in evicted:
             pause = self._state.paths.pause_of(member.replica_id) if suspects.get(member) is Cause.BROKEN_PATH else None
