@@ -23,9 +23,22 @@ import time
 import types
 import zipimport
 
+from everstep.launcher.parenthood import die_with_parent
 from everstep.launcher.robust_mutex import RobustMutex
 
-__all__ = ["GO", "PROBLEM", "REPORT", "STARTED", "main", "run", "take_place", "tell_problem"]
+__all__ = [
+    "GO",
+    "NOT_RUN",
+    "PROBLEM",
+    "REPORT",
+    "STARTED",
+    "main",
+    "run",
+    "set_first_path",
+    "set_title",
+    "take_place",
+    "tell_problem",
+]
 
 REPORT = struct.Struct("!cIB")  # STARTED, pid, whether its main thread holds the mutex
 STARTED = b"S"
@@ -36,8 +49,6 @@ ADOPTION_S = 10.0
 PROBLEM_BYTES_MAX = 4096
 NOT_RUN = 126  # exit code of a worker that never came to its script; the agent has read why
 
-_PR_SET_PDEATHSIG = 1
-_prctl = ctypes.CDLL(None, use_errno=True).prctl
 # Who a forked child compares its parent with, and whether the thread that forked is this process's main one.
 _me: tuple[int, int] = (0, 0)
 
@@ -71,7 +82,7 @@ def take_place(channel: socket.socket, agent_pid: int, parent_pid: int, mutex_fd
             raise OSError("the agent is gone, or the system does not hand orphans to it (PR_SET_CHILD_SUBREAPER)")
         time.sleep(0.0002)
     # Not before: the end of the parent that forked this process would count.
-    _die_with_parent(agent_pid)
+    die_with_parent(agent_pid)
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
     global _me
     _me = os.getpid(), threading.get_ident()
@@ -90,7 +101,7 @@ def run(channel: socket.socket, run_as: str, target: str, args: list[str]) -> No
 
     The caller unwinds and lets the interpreter finish: threads are joined, atexit runs, SystemExit sets the code.
     """
-    _set_title([sys.executable, "-u", *(["-m"] if run_as == MODULE else []), target, *args])
+    set_title([sys.executable, "-u", *(["-m"] if run_as == MODULE else []), target, *args])
     if run_as == COMMAND:
         _exec(channel, [target, *args])
     channel.close()
@@ -105,7 +116,7 @@ def run(channel: socket.socket, run_as: str, target: str, args: list[str]) -> No
     try:
         if run_as == MODULE:
             sys.argv = ["-m", *args]
-            _set_first_path(os.getcwd())
+            set_first_path(os.getcwd())
             as_module = target
         else:
             sys.argv = [target, *args]
@@ -133,14 +144,7 @@ def _renew() -> None:
     if _me[1] == main_thread:
         # The signal comes when the forking *thread* ends; of a thread other than the main one that is no evidence.
         with contextlib.suppress(OSError):
-            _die_with_parent(parent)
-
-
-def _die_with_parent(pid: int) -> None:
-    if _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0) != 0:
-        raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG) failed")
-    if os.getppid() not in (pid, 0):  # 0: it is outside of this process's pid namespace
-        os.kill(os.getpid(), signal.SIGKILL)  # it ended before the line above
+            die_with_parent(parent)
 
 
 def _hold(mutex_fd: int) -> bool:
@@ -169,7 +173,7 @@ def _set_path_of_script(target: str) -> bool:
     if os.path.isdir(target) or _is_archive(target):
         sys.path.insert(0, target)  # in spite of -P: it is where `__main__` is found
         return False
-    _set_first_path(os.path.dirname(os.path.realpath(target)))
+    set_first_path(os.path.dirname(os.path.realpath(target)))
     return True
 
 
@@ -181,7 +185,7 @@ def _is_archive(target: str) -> bool:
     return True
 
 
-def _set_first_path(folder: str) -> None:
+def set_first_path(folder: str) -> None:
     if not getattr(sys.flags, "safe_path", False):
         sys.path.insert(0, folder)
 
@@ -219,7 +223,7 @@ def _show_without(error: BaseException, stripped: types.TracebackType | None) ->
     sys.excepthook = hook
 
 
-def _set_title(command: list[str]) -> None:
+def set_title(command: list[str]) -> None:
     """What `ps` shows, written over the arguments that the process was started with; cut to the room there is."""
     sys.orig_argv[:] = command
     with contextlib.suppress(OSError, ValueError, IndexError):
