@@ -1,7 +1,8 @@
 """Settings of a trainer and of a lighthouse: explicit arguments first, then the environment, then the default.
 
 Every wrong value is a ConfigError that names the argument or variable, the value, and what to do. Nothing else in the
-package reads the environment, and nothing writes it.
+package reads the environment, and nothing writes it, but for a worker that is forked instead of started anew: it is
+given its environment by `replace_environment`.
 
 | variable | means |
 |---|---|
@@ -156,6 +157,12 @@ class LighthouseSettings:
     @property
     def heartbeat_interval_s(self) -> float:
         return self.heartbeat_timeout_s / 4
+
+
+def replace_environment(environment: Mapping[bytes, bytes]) -> None:
+    """Make this the whole environment of this process: in a process that was forked to be another program."""
+    os.environb.clear()
+    os.environb.update(environment)
 
 
 def manager_settings(
