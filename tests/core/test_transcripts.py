@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.core.agent_stage import AgentStage
 from tests.core.group_stage import GroupStage
 from tests.core.stage import Stage
 
@@ -27,7 +28,7 @@ def test_there_are_stories() -> None:
 
 
 def _tell(recorded: str) -> str:
-    stage: Stage = GroupStage() if "> ranks" in recorded else Stage()
+    stage: Stage = GroupStage() if "> ranks" in recorded else AgentStage() if "> agents" in recorded else Stage()
     lines = []
     for line in recorded.splitlines():
         if line.startswith("> "):

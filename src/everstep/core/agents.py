@@ -99,7 +99,9 @@ class AgentDesk:
         """Its Goodbye may be on the way, on another connection. In a group of several ranks it is the leader's."""
         if len(peer.hello.workers) == 1:
             self._detector.watch(peer.member, now)
-            self._detector.link_closed(peer.member, "it ended without a Goodbye", now + self._state.config.link_grace_s)
+            # As long as that: its link ends when all that it said has come, unless a forked child keeps it open.
+            goes_at = now + self._state.config.leave_grace_s
+            self._detector.link_closed(peer.member, "it ended without a Goodbye", goes_at)
         return []
 
     def end(self, peer: Peer, now: float) -> list[Effect]:

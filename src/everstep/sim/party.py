@@ -45,6 +45,7 @@ class Party:
         self._tick_at: float | None = None
         self._busy: tuple[str, ...] | None = None  # what the training thread waits for
         self.frozen_until = 0.0  # stopped: neither thread runs
+        self.held_until = 0.0  # and for so long that is because a C call holds the GIL
         self._applied_step = -1
         self._history = ""  # that the weights belong to
         self._is_leaving = False
@@ -54,6 +55,7 @@ class Party:
     # ---- link
 
     def start(self) -> None:
+        self._world.agents.started(self)
         self.connect()
 
         def ready() -> None:
@@ -181,9 +183,16 @@ class Party:
         self._busy = None
         self._world.leave_quorums(self, None)
         self.link_lost("killed", is_noticed=is_noticed)
+        self._world.agents.ended(self)
 
     def stop(self, seconds: float) -> None:
         self.frozen_until = max(self.frozen_until, self._world.now + seconds)
+
+    def hold(self, seconds: float) -> None:
+        """A C call holds the GIL."""
+        if self._world.now >= self.frozen_until:
+            self.held_until = self._world.now + seconds
+        self.stop(seconds)
 
     def hang(self) -> None:
         """The training thread stands still from its next computation on; the link thread lives."""
