@@ -20,10 +20,11 @@ class Stop(enum.Enum):
 
 @dataclasses.dataclass(frozen=True)
 class Joined:
-    """The group's round is complete. `restarts`: the most that any of its nodes knows of."""
+    """The group's round is complete. `restarts`: the most that any of its nodes knows of; `size`: its nodes."""
 
     group: str
     restarts: int = 0
+    size: int = 1
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
