@@ -115,9 +115,9 @@ class LighthouseMachine:
         self._witnessed: dict[MemberId, None] = {}  # named by a failed collective since the last quorum
         self._crashes = CrashDesk(config.crash_policy)
         parts = (self._state, self._roster, self._joiners, self._detector, self._changes)
-        workers = WorkerBook()
-        self._admission = Admission(*parts, self._crashes, workers)
-        self._agents = AgentDesk(*parts, self._admission, workers, self._judge_progress)
+        self._workers = WorkerBook()
+        self._admission = Admission(*parts, self._crashes, self._workers)
+        self._agents = AgentDesk(*parts, self._admission, self._workers, self._judge_progress)
 
     # ---- the machine contract
 

@@ -209,8 +209,8 @@ class Reconfigurer:
         assert state.current is not None
         reports = state.round.reports
         answered = [m for m in state.current.member_ids if m in reports and m not in state.suspects]
-        step = max(reports[m].step for m in survivors)
-        verdicts = state.paths.judge(answered, step, now, lambda m: not reports[m].has_state or m in state.leaving)
+        first = {m: 2 * (not reports[m].has_state) + (m in state.leaving) for m in answered}
+        verdicts = state.paths.judge(answered, max(reports[m].step for m in survivors), now, first.__getitem__)
         return [e for v in verdicts for e in self._note_suspect(v.member, Cause.BROKEN_PATH, v.detail)]
 
     def _say_waiting(self, why: str) -> list[Effect]:

@@ -1,5 +1,6 @@
 """A process of the virtual world: its machine, its link, its collectives; what it trains is its subclasses' affair."""
 
+from collections import deque
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -48,6 +49,7 @@ class Party:
         self.held_until = 0.0  # and for so long that is because a C call holds the GIL
         self._applied_step = -1
         self._history = ""  # that the weights belong to
+        self._unread: deque[tuple[int, ToMember]] = deque()  # came while it was stopped
         self._is_leaving = False
         self._is_ready = False
         self._hangs_next = self._is_hung = False
@@ -109,9 +111,19 @@ class Party:
             self._down.send(lambda: self._arrived(link, message))
 
     def _arrived(self, link: int, message: ToMember) -> None:
-        if self._world.now < self.frozen_until:
-            self._world.at(self.frozen_until, lambda: self._arrived(link, message))
+        if self._unread or self._world.now < self.frozen_until:
+            self._unread.append((link, message))
+            self._world.at(self.frozen_until, self._read_next)
         elif self.is_alive and link == self._link:
+            self.feed(message)
+
+    def _read_next(self) -> None:
+        """One for each that could not be read when it came: in order, also if it was stopped again meanwhile."""
+        if self._world.now < self.frozen_until:
+            self._world.at(self.frozen_until, self._read_next)
+            return
+        link, message = self._unread.popleft()
+        if self.is_alive and link == self._link:
             self.feed(message)
 
     # ---- both threads
