@@ -289,7 +289,7 @@ class RendezvousMachine:
         out += self._judge(f"node {node_id} is gone: {why}")
         if self._closed is not None:
             self._ended[node_id] = None
-        if self._closed is not None and not self._roster.nodes:
+        if self._closed is not None and not self._roster.nodes and self._closed_until is None:
             self._closed_until = now + self._config.closed_kept_s
         if node.contender is not None:
             self._contending.pop(node.contender[0], None)

@@ -50,7 +50,9 @@ CODE_OK = 0
 CODE_FAILED = 1
 CODE_DRAINED = 92
 ALL_FINISHED = "its only node has finished"
-NEVER_AGAIN = (90, 93, 94)  # a configuration that cannot work; asked not to; left out by the lighthouse for good
+CODE_CONFIGURATION = 90
+CODE_UNREACHABLE = 91
+NEVER_AGAIN = (CODE_CONFIGURATION, 93)  # what a worker exits with that would fail again
 
 
 class AttemptStage(enum.Enum):

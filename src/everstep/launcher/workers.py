@@ -26,6 +26,7 @@ from everstep.link.node import NodeClient
 
 __all__ = ["AttemptWorkers", "Place", "Surrounding", "worker_environment"]
 
+EXIT_CODE_FIELD = 49  # of those after the name in /proc/PID/stat
 STEP_BYTES = 8  # of the file in which a worker's Manager keeps the number of steps that it committed
 
 
@@ -54,8 +55,25 @@ class Surrounding:
     on_gone: Callable[[WorkerGone, Failure | None], None]
 
 
+def common_environment(settings: JobSettings) -> dict[str, str]:
+    """What all workers of this agent have in their environment, and what forks them, too."""
+    environment = dict(settings.environment)
+    environment |= {
+        "TORCHELASTIC_SIGNALS_TO_HANDLE": ",".join(signal.Signals(n).name for n in settings.signals_to_handle),
+        "EVERSTEP_JOB_ID": settings.job_id,
+    }
+    environment.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "1")
+    if settings.nproc_per_node > 1:
+        environment.setdefault("OMP_NUM_THREADS", "1")
+    if settings.token is not None and not environment.get("EVERSTEP_TOKEN_FILE"):
+        environment["EVERSTEP_TOKEN"] = os.fsdecode(settings.token)
+    if settings.replica_groups_total:
+        environment["NUM_REPLICA_GROUPS"] = str(settings.replica_groups_total)
+    return environment
+
+
 def worker_environment(around: Surrounding, place: Place, local_rank: int) -> dict[str, str]:
-    """All of a worker's environment but what names this very start of it."""
+    """All of a worker's environment but what names this very start of it. `settings.environment` is the common one."""
     settings, ranks = around.settings, place.ranks
     environment = dict(settings.environment)
     host, _, port = place.store.rpartition(":")
@@ -75,19 +93,10 @@ def worker_environment(around: Surrounding, place: Place, local_rank: int) -> di
         "TORCHELASTIC_MAX_RESTARTS": str(settings.max_restarts),
         "TORCHELASTIC_RUN_ID": settings.job_id,
         "TORCHELASTIC_USE_AGENT_STORE": "True",
-        "TORCHELASTIC_SIGNALS_TO_HANDLE": ",".join(signal.Signals(n).name for n in settings.signals_to_handle),
         "EVERSTEP_LIGHTHOUSE": around.lighthouse,
-        "EVERSTEP_JOB_ID": settings.job_id,
     }
-    environment.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "1")
-    if settings.nproc_per_node > 1:
-        environment.setdefault("OMP_NUM_THREADS", "1")
-    if settings.token is not None and not environment.get("EVERSTEP_TOKEN_FILE"):
-        environment["EVERSTEP_TOKEN"] = os.fsdecode(settings.token)
     if place.group:
         environment["REPLICA_GROUP_ID"] = place.group
-    if settings.replica_groups_total:
-        environment["NUM_REPLICA_GROUPS"] = str(settings.replica_groups_total)
     devices = _devices(settings, place.group, environment)
     if settings.virtual_local_rank:
         environment["LOCAL_RANK"] = "0"
@@ -136,10 +145,9 @@ class AttemptWorkers:
         self._logs = self._around.logs.attempt(place.group, place.restarts, ranks)
         watched: list[_Worker] = []
         for local_rank in ranks:
-            try:
-                watched.append(self._start_one(local_rank, self._logs))
-            except WorkerNotStarted as error:
-                self._never_began(local_rank, str(error))
+            worker = self._start_one(local_rank, self._logs)
+            if worker is not None:
+                watched.append(worker)
         self._logs.started()
         # Not before all have begun: one that ends at once would have its siblings told to end while they start.
         for worker in watched:
@@ -154,6 +162,11 @@ class AttemptWorkers:
             worker.process.signal_group(signal.SIGKILL if how is Stop.KILL else number)
             if how is Stop.ASK:
                 worker.process.signal_group(signal.SIGCONT)  # one that is stopped would not hear it
+
+    def stop_now(self) -> None:
+        """Kill what is left, and let the last words through."""
+        self.stop(Stop.KILL)
+        self.finish()
 
     def fence(self, token: str) -> bool:
         """Kill this worker, if it is one of these."""
@@ -173,7 +186,7 @@ class AttemptWorkers:
 
     # ---- starting
 
-    def _start_one(self, local_rank: int, logs: AttemptLogs) -> _Worker:
+    def _start_one(self, local_rank: int, logs: AttemptLogs) -> _Worker | None:
         settings = self._around.settings
         files = logs.files(local_rank)
         token = secrets.token_hex(8)
@@ -195,7 +208,11 @@ class AttemptWorkers:
             stdout=files.stdout,
             stderr=files.stderr,
         )
-        process = self._around.starter.start(launch)
+        try:
+            process = self._around.starter.start(launch)
+        except WorkerNotStarted as error:
+            self._never_began(local_rank, str(error))
+            return None
         worker = _Worker(token=token, local_rank=local_rank, process=process, error_file=files.error_file, steps=steps)
         with self._lock:
             self._workers[token] = worker
@@ -220,7 +237,8 @@ class AttemptWorkers:
     # ---- ending, on the threads that watch
 
     def _on_death(self, worker: _Worker, death: WorkerDeath) -> None:
-        self._client.worker_ended(worker.token, f"its process ended (seen by its {death.seen_by})")
+        status = dying_status(worker.process.pid)
+        self._client.worker_ended(worker.token, status.describe(), is_clean=status.is_clean)
         worker.died_at = time.time() - (time.monotonic() - death.at)
 
     def _on_exit(self, worker: _Worker, status: ExitStatus) -> None:
@@ -249,6 +267,17 @@ class AttemptWorkers:
             detail=status.describe(),
         )
         self._around.on_gone(gone, failure)
+
+
+def dying_status(pid: int) -> ExitStatus:
+    """What a process that is ending will be reaped with, as far as the system shows it already."""
+    try:
+        with open(f"/proc/{pid}/stat", encoding="utf-8", errors="replace") as file:
+            status = int(file.read().rpartition(")")[2].split()[EXIT_CODE_FIELD])
+    except (OSError, ValueError, IndexError):
+        return ExitStatus()
+    number = status & 0x7F
+    return ExitStatus(signal=number) if number else ExitStatus(code=status >> 8)
 
 
 def _steps_in(path: Path) -> int:

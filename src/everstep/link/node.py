@@ -155,6 +155,13 @@ class NodeClient:
             self._raise_if_refused()
             return self._machine.needs_new_round
 
+    def is_in(self, info: RoundInfo) -> bool:
+        """Whether this round stands, and this node is in it, as far as it knows. Raises NodeEvicted, once."""
+        with self._changed:
+            self._raise_if_refused()
+            last = self._machine.last
+            return self._machine.stage is NodeStage.MEMBER and last is not None and last.round == info.round
+
     @property
     def is_open(self) -> bool:
         """Whether the lighthouse can be reached at this moment."""
