@@ -10,7 +10,7 @@ class Kind(enum.Enum):
     """How a value is written."""
 
     TEXT = "text"
-    INTEGER = "integer"
+    INTEGER = "whole number"
     NUMBER = "number"
     FLAG = "flag"
     LIST = "list"  # a,b,c

@@ -82,10 +82,9 @@ def find_values(command_line: CommandLine, environ: Mapping[str, str]) -> Values
     options = {option.name: _given(option, command_line, environ, file) for option in OPTIONS}
     for name, given in options.items():
         _check_choice(BY_NAME[name], given)
+    script, script_args = (_of_file(file, key) for key in SCRIPT_KEYS)
     if command_line.script is not None:
         script, script_args = Given(command_line.script, COMMAND_LINE), Given(command_line.script_args, COMMAND_LINE)
-    else:
-        script, script_args = (_of_file(file, key) for key in SCRIPT_KEYS)
     return Values(options=options, script=script, script_args=script_args)
 
 
