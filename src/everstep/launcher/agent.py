@@ -42,7 +42,7 @@ from everstep.core.restart_events import (
 from everstep.core.restart_policy import CODE_DRAINED, RestartConfig, RestartMachine
 from everstep.launcher.death_watch import Surroundings
 from everstep.launcher.embedded import lighthouse_of
-from everstep.launcher.group_rendezvous import GroupRendezvous, Round, address_for_store
+from everstep.launcher.group_rendezvous import GroupRendezvous, Round, address_for_store, free_address
 from everstep.launcher.plain import PlainStarter
 from everstep.launcher.report import Failure, failure_table, first_failure, hand_on_error_file
 from everstep.launcher.settings import JobSettings
@@ -50,7 +50,7 @@ from everstep.launcher.starting import ExitStatus, RunAs, Starter
 from everstep.launcher.store_host import StoreHost, host_store
 from everstep.launcher.template_client import TemplateSettings, TemplateStarter
 from everstep.launcher.worker_logs import WorkerLogs
-from everstep.launcher.workers import AttemptWorkers, Place, Surrounding, common_environment
+from everstep.launcher.workers import AttemptWorkers, Place, Surrounding, common_environment, shares_store
 from everstep.link.auth import Credentials
 from everstep.link.dial import LinkTarget
 from everstep.link.node import NodeClient
@@ -311,6 +311,8 @@ class _Agent:
         def open_store() -> str:
             host = address_for_store(self._settings, self._lighthouse, client.link_address)
             self._close_store(group)
+            if not shares_store(self._settings):
+                return free_address(host)
             store = self._stores[group] = host_store(self._starter, host, self._settings.environment, on_end)
             name, port = store.address
             return f"[{name}]:{port}" if ":" in name else f"{name}:{port}"

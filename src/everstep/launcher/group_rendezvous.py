@@ -40,7 +40,7 @@ from everstep.launcher.settings import JobSettings
 from everstep.launcher.starting import WorkerNotStarted
 from everstep.link.node import NodeClient
 
-__all__ = ["GroupRendezvous", "Round", "address_for_store"]
+__all__ = ["GroupRendezvous", "Round", "address_for_store", "free_address"]
 
 REASON_CHARS_MAX = 1000
 CLOSE_S = 2.0
@@ -242,3 +242,11 @@ def address_for_store(settings: JobSettings, lighthouse: str, link_address: str)
     if link_address and not is_loopback(link_address):
         return link_address
     return socket.getfqdn()  # the lighthouse is on this very host
+
+
+def free_address(host: str) -> str:
+    """For a store that the workers' rank 0 opens itself."""
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as sock:
+        sock.bind(("", 0))
+        port = sock.getsockname()[1]
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"

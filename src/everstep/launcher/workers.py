@@ -72,6 +72,11 @@ def common_environment(settings: JobSettings) -> dict[str, str]:
     return environment
 
 
+def shares_store(settings: JobSettings) -> bool:
+    """Whether this node's agent hosts the workers' store; torch's own switch turns it off, and their rank 0 does."""
+    return settings.environment.get("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "0") != "1"
+
+
 def worker_environment(around: Surrounding, place: Place, local_rank: int) -> dict[str, str]:
     """All of a worker's environment but what names this very start of it. `settings.environment` is the common one."""
     settings, ranks = around.settings, place.ranks
@@ -92,7 +97,7 @@ def worker_environment(around: Surrounding, place: Place, local_rank: int) -> di
         "TORCHELASTIC_RESTART_COUNT": str(place.restarts),
         "TORCHELASTIC_MAX_RESTARTS": str(settings.max_restarts),
         "TORCHELASTIC_RUN_ID": settings.job_id,
-        "TORCHELASTIC_USE_AGENT_STORE": "True",
+        "TORCHELASTIC_USE_AGENT_STORE": str(shares_store(settings)),
         "EVERSTEP_LIGHTHOUSE": around.lighthouse,
     }
     if place.group:
