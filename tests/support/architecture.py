@@ -44,7 +44,7 @@ MAY_IMPORT: dict[str, frozenset[str] | None] = {
 ALWAYS_IMPORTABLE = f"{PACKAGE}.__version__"
 
 TORCH_UNITS = frozenset({"collectives", "recovery", "train", "integrations", "demo"})
-TORCH_FILES = frozenset({f"src/{PACKAGE}/launcher/template.py"})
+TORCH_FILES = frozenset({f"src/{PACKAGE}/launcher/{name}.py" for name in ("template", "store_server")})
 TORCH_PRIVATE_FILE = f"src/{PACKAGE}/collectives/torch_private.py"
 ENVIRONMENT_FILES = frozenset({f"src/{PACKAGE}/config.py", f"src/{PACKAGE}/cli.py"})
 ENVIRONMENT_NAMES = ("os.environ", "os.environb", "os.getenv", "os.getenvb", "os.putenv", "os.unsetenv")

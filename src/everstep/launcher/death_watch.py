@@ -24,7 +24,9 @@ __all__ = ["Surroundings", "WatchedProcess", "is_dying", "reap_orphans", "state_
 
 _log = logging.getLogger("everstep.launcher")
 
-GROUP_END_S = 10.0  # for the killed rest of a process group; longer only in an uninterruptible wait
+GROUP_END_S = 15.0  # for the rest of a process group; longer only in an uninterruptible wait
+CLEAN_S = 5.0  # of them for those that clean up, before they are killed, too
+CLEANERS = (b"multiprocessing.resource_tracker", b"torch_shm_manager")
 GROUP_POLL_S = 0.005
 CONFIRM_S = 0.5  # for the other threads of a dying process to have been told
 _PF_EXITING = 0x4
@@ -139,7 +141,7 @@ class WatchedProcess:
         status = self._reap()
         assert self._callbacks is not None
         self._callbacks.on_exit(status)
-        _reap_group(self.pid)
+        _end_group(self.pid)
         self._around.reap_orphans()
 
     def _note_death(self, death: WorkerDeath) -> None:
@@ -155,9 +157,7 @@ class WatchedProcess:
     def _kill_rest(self) -> None:
         with self._lock:
             if not self._is_reaped:
-                # What it leaves: DataLoader workers, subprocesses. One signal reaches all, also those forked just now.
-                with contextlib.suppress(ProcessLookupError, PermissionError):
-                    os.killpg(self.pid, signal.SIGKILL)
+                _kill_members(self.pid)
 
     def _reap(self) -> ExitStatus:
         with self._lock:
@@ -210,20 +210,47 @@ def reap_orphans(known: set[int]) -> None:
                 os.waitid(os.P_PID, int(name), os.WEXITED | os.WNOHANG)
 
 
-def _reap_group(leader: int) -> None:
-    """Those of a dead leader's group that became this process's children; all of the group has been killed."""
-    deadline = time.monotonic() + GROUP_END_S
-    for _ in _polls(deadline):
-        try:
+def _kill_members(leader: int) -> int:
+    """Kill what a dead leader leaves, DataLoader workers, subprocesses; how many are still there.
+
+    But not who removes what the dead left in shared memory, and ends by itself then.
+    """
+    members = [int(name) for name in os.listdir("/proc") if name.isdigit() and _is_member(int(name), leader)]
+    for pid in members:
+        if not any(word in _command_line(pid) for word in CLEANERS):
+            with contextlib.suppress(OSError):
+                os.kill(pid, signal.SIGKILL)
+    return len(members)
+
+
+def _end_group(leader: int) -> None:
+    """See to it that nobody of a reaped leader's group is left, and reap those that became this process's children."""
+    clean_until = time.monotonic() + CLEAN_S
+    for _ in _polls(time.monotonic() + GROUP_END_S):
+        with contextlib.suppress(ChildProcessError):
             while os.waitid(os.P_PGID, leader, os.WEXITED | os.WNOHANG) is not None:
                 pass
-        except ChildProcessError:
-            pass
-        try:
-            os.killpg(leader, 0)
-        except OSError:
+        if not _kill_members(leader):
             return
-    _log.warning("processes of worker %d's group are still there %g s after SIGKILL", leader, GROUP_END_S)
+        if time.monotonic() >= clean_until:
+            with contextlib.suppress(OSError):
+                os.killpg(leader, signal.SIGKILL)
+    _log.warning("processes of worker %d's group are still there %g s after SIGKILL", leader, GROUP_END_S - CLEAN_S)
+
+
+def _is_member(pid: int, leader: int) -> bool:
+    if pid == leader:
+        return False
+    fields = _stat(f"/proc/{pid}/stat")
+    return bool(fields) and int(fields[2]) == leader
+
+
+def _command_line(pid: int) -> bytes:
+    try:
+        with open(f"/proc/{pid}/cmdline", "rb") as file:
+            return file.read()
+    except OSError:
+        return b""
 
 
 def _polls(deadline: float) -> Iterator[None]:

@@ -3,12 +3,15 @@
 import ctypes
 import os
 import signal
+import threading
 
 _PR_SET_PDEATHSIG = 1
 _PR_SET_CHILD_SUBREAPER = 36
-_PR_GET_CHILD_SUBREAPER = 37
 
 _prctl = ctypes.CDLL(None, use_errno=True).prctl
+# The kernel keeps one flag for the whole process.
+_lock = threading.Lock()
+_adopters = 0
 
 
 def die_with_parent(pid: int) -> None:
@@ -22,11 +25,23 @@ def die_with_parent(pid: int) -> None:
         os.kill(os.getpid(), signal.SIGKILL)  # it ended before the line above
 
 
-def adopt_orphans(adopts: bool) -> bool:
-    """Become, or cease to be, the parent of descendants whose own is gone; returns what it was. Raises OSError."""
-    was = ctypes.c_int(0)
-    if _prctl(_PR_GET_CHILD_SUBREAPER, ctypes.byref(was), 0, 0, 0) != 0:
-        raise OSError(ctypes.get_errno(), "prctl(PR_GET_CHILD_SUBREAPER) failed")
-    if _prctl(_PR_SET_CHILD_SUBREAPER, int(adopts), 0, 0, 0) != 0:
+def adopt_orphans() -> None:
+    """Become the parent of descendants whose own is gone, until as many `abandon_orphans`. Raises OSError."""
+    global _adopters
+    with _lock:
+        _set_subreaper(True)
+        _adopters += 1
+
+
+def abandon_orphans() -> None:
+    """Undo one `adopt_orphans`; the adopted stay. Raises OSError."""
+    global _adopters
+    with _lock:
+        _adopters -= 1
+        if not _adopters:
+            _set_subreaper(False)
+
+
+def _set_subreaper(is_one: bool) -> None:
+    if _prctl(_PR_SET_CHILD_SUBREAPER, int(is_one), 0, 0, 0) != 0:
         raise OSError(ctypes.get_errno(), "prctl(PR_SET_CHILD_SUBREAPER) failed")
-    return bool(was.value)

@@ -32,6 +32,7 @@ __all__ = [
     "PROBLEM",
     "REPORT",
     "STARTED",
+    "close_all_but",
     "main",
     "run",
     "set_first_path",
@@ -56,6 +57,7 @@ _me: tuple[int, int] = (0, 0)
 def main() -> None:
     """Of a plain worker: `-c` CHANNEL MUTEX AGENT_PID CWD RUN_AS TARGET ARGS..., the first two are descriptors."""
     channel_fd, mutex_fd, agent_pid, cwd, run_as, target, *args = sys.argv[1:]
+    close_all_but({int(channel_fd), int(mutex_fd)})
     os.set_inheritable(int(channel_fd), False)
     channel = socket.socket(fileno=int(channel_fd))
     try:
@@ -89,6 +91,14 @@ def take_place(channel: socket.socket, agent_pid: int, parent_pid: int, mutex_fd
     os.register_at_fork(after_in_child=_renew)
     is_held = mutex_fd >= 0 and _hold(mutex_fd)
     channel.send(REPORT.pack(STARTED, os.getpid(), is_held))
+
+
+def close_all_but(kept: set[int]) -> None:
+    """The agent may hold descriptors that it inherited itself, and that are open to whoever it starts."""
+    for name in os.listdir("/proc/self/fd"):
+        if int(name) > 2 and int(name) not in kept:
+            with contextlib.suppress(OSError):  # the listing's own is closed by now
+                os.close(int(name))
 
 
 def tell_problem(channel: socket.socket, text: str) -> None:
@@ -134,6 +144,8 @@ def run(channel: socket.socket, run_as: str, target: str, args: list[str]) -> No
     except BaseException as error:
         _show_without(error, error.__traceback__.tb_next if error.__traceback__ else None)
         raise
+    if code is not None:
+        _forget_file(namespace)
     del old_main  # kept so long: frames below this one run in it
 
 
@@ -171,7 +183,7 @@ def _exec(channel: socket.socket, command: list[str]) -> None:
 def _set_path_of_script(target: str) -> bool:
     """As the interpreter does. Whether it is a file of code; else a folder or archive with a `__main__` in it."""
     if os.path.isdir(target) or _is_archive(target):
-        sys.path.insert(0, target)  # in spite of -P: it is where `__main__` is found
+        sys.path.insert(0, os.path.abspath(target))  # in spite of -P: it is where `__main__` is found
         return False
     set_first_path(os.path.dirname(os.path.realpath(target)))
     return True
@@ -209,6 +221,12 @@ def _load(target: str, namespace: dict[str, object]) -> types.CodeType:
     return code
 
 
+def _forget_file(namespace: dict[str, object]) -> None:
+    """As the interpreter does, once a script is through: what runs at exit does not see these."""
+    namespace.pop("__file__", None)
+    namespace.pop("__cached__", None)
+
+
 def _show_without(error: BaseException, stripped: types.TracebackType | None) -> None:
     """Have the interpreter show this exception, when it gets there, with `stripped` for a traceback."""
     if isinstance(error, SystemExit):
@@ -218,7 +236,10 @@ def _show_without(error: BaseException, stripped: types.TracebackType | None) ->
     def hook(kind: type[BaseException], value: BaseException, _: types.TracebackType | None) -> None:
         sys.excepthook = shown_by
         value.__traceback__ = sys.last_traceback = stripped
-        shown_by(kind, value, stripped)
+        try:
+            shown_by(kind, value, stripped)
+        finally:
+            _forget_file(vars(sys.modules["__main__"]))
 
     sys.excepthook = hook
 

@@ -1,4 +1,4 @@
-"""The template: a process that has imported torch, and the modules to preload, and forks workers on the agent's word.
+"""The template: a process that has imported torch, and what else to preload, and forks workers on the agent's word.
 
 `python -c "from everstep.launcher.template import main; main()" CONTROL AGENT_PID SEARCH_PATH PADDING`. A worker is
 forked twice: its parent ends at once, and the agent, a subreaper, adopts it, and reads its real exit status. It then
@@ -48,6 +48,7 @@ class _Place:
 
 def main() -> None:
     control_fd, agent_pid, search_path, _ = sys.argv[1:]
+    script.close_all_but({int(control_fd)})
     os.set_inheritable(int(control_fd), False)
     control = socket.socket(fileno=int(control_fd))
     os.setsid()
@@ -68,14 +69,14 @@ def main() -> None:
 
 def _serve(control: socket.socket, agent_pid: int) -> _Place:
     """Do what the agent says until it is gone. Returns in the forked workers only."""
-    control.send(encode(_import("torch")))
+    control.send(encode(Loaded()))
     intermediate: set[int] = set()
     poll = select.poll()
     poll.register(control, select.POLLIN)
     while True:
         while intermediate and not poll.poll(REAP_POLL_MS):
             _reap(intermediate)
-        packet, fds, _, _ = socket.recv_fds(control, MESSAGE_BYTES_MAX, 2)
+        packet, fds = _receive(control, MESSAGE_BYTES_MAX, 2)
         if not packet:
             os._exit(0)  # not by the interpreter's finish: what the modules would do there is the workers' affair
         match decode_to_template(packet):
@@ -92,6 +93,13 @@ def _serve(control: socket.socket, agent_pid: int) -> _Place:
                 channel.close()
                 for fd in fds[1:]:
                     os.close(fd)
+
+
+def _receive(source: socket.socket, size: int, fds_max: int) -> tuple[bytes, list[int]]:
+    packet, fds, _, _ = socket.recv_fds(source, size, fds_max)
+    for fd in fds:
+        os.set_inheritable(fd, False)  # `recv_fds` has a parameter for flags, and does not use it
+    return packet, fds
 
 
 def _import(module: str) -> Loaded:
@@ -136,7 +144,7 @@ def _reap(intermediate: set[int]) -> None:
 def _take_place(channel: socket.socket, agent_pid: int, between: int, mutex: list[int]) -> Work:
     try:
         script.take_place(channel, agent_pid, between, mutex[0] if mutex else -1)
-        word, fds, _, _ = socket.recv_fds(channel, len(script.GO), WORK_FDS)
+        word, fds = _receive(channel, len(script.GO), WORK_FDS)
         if not word:
             os._exit(script.NOT_RUN)
         work = work_from_file(fds[0])
@@ -162,6 +170,9 @@ def _undo_what_is_shared(cwd: str) -> None:
     numpy_random = sys.modules.get("numpy.random")
     if numpy_random is not None:
         numpy_random.seed()
+    torch = sys.modules.get("torch")
+    if torch is not None:
+        torch.default_generator.seed()  # of the CPU; those of GPUs begin with a constant, and later
     process = sys.modules.get("multiprocessing.process")
     if process is not None:
         process.current_process().authkey = os.urandom(32)
@@ -170,12 +181,13 @@ def _undo_what_is_shared(cwd: str) -> None:
 
 def _run_in_parallel() -> None:
     """The canary: hangs where a worker would. At least two threads, whatever the environment says."""
-    import torch
+    if "torch" in sys.modules:
+        import torch
 
-    torch.set_num_threads(max(2, torch.get_num_threads()))
-    assert torch.ones(CANARY_ELEMENTS).sum().item() == CANARY_ELEMENTS
-    matrix = torch.ones(CANARY_MATRIX, CANARY_MATRIX, requires_grad=True)
-    torch.autograd.backward([(matrix @ matrix).sum()])
+        torch.set_num_threads(max(2, torch.get_num_threads()))
+        assert torch.ones(CANARY_ELEMENTS).sum().item() == CANARY_ELEMENTS
+        matrix = torch.ones(CANARY_MATRIX, CANARY_MATRIX, requires_grad=True)
+        torch.autograd.backward([(matrix @ matrix).sum()])
     numpy = sys.modules.get("numpy")
     if numpy is not None:  # its OpenBLAS has threads of its own
         product = numpy.ones((CANARY_MATRIX, CANARY_MATRIX)) @ numpy.ones((CANARY_MATRIX, CANARY_MATRIX))

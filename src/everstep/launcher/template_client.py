@@ -19,7 +19,7 @@ from collections.abc import Iterator, Mapping
 
 from everstep.launcher.death_watch import Surroundings, WatchedProcess
 from everstep.launcher.handshake import Handshake, WorkerVanished
-from everstep.launcher.parenthood import adopt_orphans
+from everstep.launcher.parenthood import abandon_orphans, adopt_orphans
 from everstep.launcher.plain import PlainStarter
 from everstep.launcher.starting import ExitStatus, Launch, WorkerDeath, WorkerNotStarted, WorkerProcess
 from everstep.launcher.template_fit import differing_variables
@@ -43,12 +43,13 @@ CLOSE_S = 10.0
 class TemplateSettings:
     """`environment` is what workers have in common; `search_path` the first entry of sys.path for the preloads.
 
+    `preload`: modules that the template imports, in this order; torch is what makes it worth its while.
     `spares`: so many forked workers wait for work; each holds 2 to 4 MB, and saves the time of a fork.
     """
 
     environment: Mapping[str, str]
     search_path: str
-    preload: tuple[str, ...] = ()
+    preload: tuple[str, ...] = ("torch",)
     python: str = sys.executable
     spares: int = 1
 
@@ -69,7 +70,7 @@ class TemplateStarter:
         self._told_variables: set[str] = set()
         self._thread = threading.Thread(target=self._keep_template, name="everstep-template", daemon=True)
         self._wake, self._woken = -1, -1
-        self._adopted_before = False
+        self._adopts = False
 
     def __enter__(self) -> "TemplateStarter":
         self.open()
@@ -82,7 +83,8 @@ class TemplateStarter:
         """Begin to load the template, and return at once. Without subreapers, workers will be plain."""
         self._woken, self._wake = os.pipe()
         try:
-            self._adopted_before = adopt_orphans(True)
+            adopt_orphans()
+            self._adopts = True
         except OSError as error:
             self._fall_back(f"this system does not hand orphans to an agent: {error}")
         self._thread.start()
@@ -136,8 +138,8 @@ class TemplateStarter:
             self._thread.join(CLOSE_S)
             os.close(self._wake)
             os.close(self._woken)
-            with contextlib.suppress(OSError):
-                adopt_orphans(self._adopted_before)
+            if self._adopts:
+                abandon_orphans()
         while (spare := self._take_spare()) is not None:
             with spare:
                 pass
@@ -221,8 +223,9 @@ class TemplateStarter:
 
     def _load(self, template: TemplateProcess) -> None:
         template.start(self._settings.python, self._settings.environment, self._settings.search_path)
-        template.await_loaded("torch", lambda: self._is_closed)
-        self._send_canary(template, "importing torch")
+        template.await_loaded("its own modules", lambda: self._is_closed)
+        if not self._settings.preload:
+            self._send_canary(template, "its start")
         for module in self._settings.preload:
             template.preload(module)
             template.await_loaded(module, lambda: self._is_closed)

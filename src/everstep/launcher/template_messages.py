@@ -26,7 +26,7 @@ class Preload(msgspec.Struct, frozen=True, tag=True):
 
 
 class Loaded(msgspec.Struct, frozen=True, tag=True):
-    """torch, or the module last asked for, is imported; or `error` says why not."""
+    """The template has started, or has imported what it was last asked for; or `error` says why not."""
 
     error: str = ""
 
