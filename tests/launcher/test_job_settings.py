@@ -129,7 +129,7 @@ def test_a_world_of_one_node_is_not_open_to_the_network() -> None:
 
 def test_a_lighthouse_that_is_open_to_the_network_needs_a_token() -> None:
     line = "--nnodes 2 --rdzv-backend c10d --rdzv-endpoint here:5 x.py"
-    with pytest.raises(ConfigError, match="open to the network, and there is no job token.*EVERSTEP_TOKEN_FILE"):
+    with pytest.raises(ConfigError, match=r"open to the network, and there is no job token.*EVERSTEP_TOKEN_FILE"):
         settings(line)
     assert settings(line, TOKEN).token == TOKEN["EVERSTEP_TOKEN"].encode()
     assert "a token" not in repr(settings(line, TOKEN))
@@ -225,7 +225,7 @@ def test_streams_are_said_for_all_or_for_each_local_rank() -> None:
     found = settings("--nproc-per-node 3 -r 3 -t 0:1,2:2,12:3 --local-ranks-filter 0,2 --log-dir /logs x.py")
     assert found.redirects == (Streams.ALL,) * 3
     assert found.tee == (Streams.OUT, Streams.NONE, Streams.ERR)
-    assert (found.local_ranks_filter, found.log_dir) == ({0, 2}, Path("/logs"))
+    assert (found.local_ranks_filter, found.log_dir) == (frozenset({0, 2}), Path("/logs"))
     assert settings("--duplicate-stdout-filters a,,b,c x.py").duplicate_stdout_filters == ("a,b", "c")
 
 
@@ -308,7 +308,7 @@ def test_a_wrong_variable_is_named_with_what_to_do(environ: dict[str, str], wron
 
 
 def test_devices_that_cannot_be_split_are_said() -> None:
-    with pytest.raises(ConfigError, match="1 devices cannot be split between 3 replica groups.*--share-devices"):
+    with pytest.raises(ConfigError, match=r"1 devices cannot be split between 3 replica groups.*--share-devices"):
         settings("--replica-groups 3 x.py", devices=1)
     for accelerator, wrong in (("hip", "ROCm"), ("cpu", "the installed torch has no CUDA")):
         with pytest.raises(ConfigError, match=wrong):

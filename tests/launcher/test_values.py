@@ -31,13 +31,14 @@ def test_yaml_and_toml_say_the_same(tmp_path: Path) -> None:
         tmp_path,
         "a.yml",
         "# a job\nnnodes: 1:4\nrole: no\nno-template: true\npreload: [numpy, a.b]\nmonitor_interval: 2\n"
-        "rdzv-conf: {join_timeout: 30, ranks: topology}\ntraining_script: train.py\ntraining_script_args: [--lr, 0.1]\n",
+        "rdzv-conf: {join_timeout: 30, ranks: topology}\ntraining_script: train.py\n"
+        "training_script_args: [--lr, 3e-4]\n",
     )
     toml = write(
         tmp_path,
         "a.toml",
         'nnodes = "1:4"\nrole = "no"\nno_template = true\npreload = "numpy,a.b"\nmonitor-interval = 2.0\n'
-        'training-script = "train.py"\ntraining-script-args = ["--lr", 0.1]\n'
+        'training-script = "train.py"\ntraining-script-args = ["--lr", 3e-4]\n'
         '[rdzv-conf]\njoin_timeout = 30\nranks = "topology"\n',
     )
     one, other = values(f"--config {yaml}"), values("", {"EVERSTEP_CONFIG": toml})
@@ -49,7 +50,7 @@ def test_yaml_and_toml_say_the_same(tmp_path: Path) -> None:
     assert one.text("rdzv_conf") == "join_timeout=30,ranks=topology"
     assert (
         (one.script.value, one.script_args.value)
-        == ("train.py", ("--lr", "0.1"))
+        == ("train.py", ("--lr", "3e-4"))
         == (
             other.script.value,
             other.script_args.value,
@@ -71,17 +72,19 @@ def test_a_script_on_the_command_line_replaces_that_of_the_file_with_its_argumen
         ("a.yaml", "nnodes: 2\nnnodes: 3", "has nnodes twice"),
         ("a.yaml", "max-restarts: 2\nmax_restarts: 3", "has max_restarts twice, with dashes and with underscores"),
         ("a.yaml", "max_restarts: many", "max_restarts in .*='many' must be a whole number"),
-        ("a.yaml", "max_restarts: true", "max_restarts in .* is true, but it takes a whole number"),
+        ("a.toml", "max_restarts = true", "max_restarts in .* is true, but it takes a whole number"),
         ("a.yaml", "max_restarts: 1.5", "must be a whole number"),
-        ("a.yaml", "standalone: 2.5", "standalone in .* must be true or false"),
+        ("a.yaml", "standalone: 2.5", "standalone in .* must be 1 or 0"),
+        ("a.toml", "standalone = 2", "standalone in .* must be true or false"),
         ("a.yaml", "role: [a]", "but it takes one text"),
         ("a.yaml", "role:", "role in .* has no value"),
         ("a.yaml", "start_method: thread", "must be one of spawn, fork, forkserver"),
         ("a.yaml", "rdzv_conf: {ranks: 'a,b'}", "without a comma"),
         ("a.yaml", "rdzv_conf: {ranks: [a]}", "give a word or a number"),
-        ("a.yaml", "preload: [1]", "but it takes one list"),
+        ("a.toml", "preload = [1]", "but it takes one list"),
         ("a.yaml", "training_script_args: a", "give a list of words"),
-        ("a.yaml", "training_script: 3", "give the script's path"),
+        ("a.toml", "training_script = 3", "give the script's path"),
+        ("a.toml", "training_script_args = [true]", "give a list of words, in quotes"),
         ("a.yaml", "- nnodes", "must be a table of options"),
         ("a.yaml", "nnodes: [", "is no YAML"),
         ("a.yaml", "nnodes: !!python/object/apply:os.system [ls]", "is no YAML"),

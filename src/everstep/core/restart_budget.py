@@ -33,9 +33,10 @@ class Granted:
 
 @dataclasses.dataclass(frozen=True)
 class Exhausted:
-    """No more; `why` is for people."""
+    """No more; `why` is for people. `was_given`: there was a budget, and it did not help."""
 
     why: str
+    was_given: bool
 
 
 class RestartBudget:
@@ -65,7 +66,13 @@ class RestartBudget:
             self._forgiven = dict(self._restarts)
             self._quick = 0
         if self.used >= policy.max_restarts:
-            return Exhausted(f"{self.used} of {policy.max_restarts} restarts are used up")
+            was_given = policy.max_restarts > 0
+            why = (
+                f"{self.used} of {policy.max_restarts} restarts are used up"
+                if was_given
+                else "no restarts (--max-restarts)"
+            )
+            return Exhausted(why, was_given)
         self._quick = self._quick + 1 if ran_s < policy.quick_s else 0
         self._restarts[group] = self.restarts(group) + 1
         doublings = self._quick - 2

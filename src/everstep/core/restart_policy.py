@@ -52,7 +52,8 @@ CODE_DRAINED = 92
 ALL_FINISHED = "its only node has finished"
 CODE_CONFIGURATION = 90
 CODE_UNREACHABLE = 91
-NEVER_AGAIN = (CODE_CONFIGURATION, 93)  # what a worker exits with that would fail again
+CODE_DO_NOT_RESTART = 93
+NEVER_AGAIN = (CODE_CONFIGURATION, CODE_DO_NOT_RESTART)  # what a worker exits with that would fail again
 
 
 class AttemptStage(enum.Enum):
@@ -221,7 +222,8 @@ class RestartMachine:
             return self._give_up(group, CODE_FAILED, f"{why}; its rendezvous is closed", now)
         answer = self._budget.ask(group.name, now - group.started_at, group.steps)
         if isinstance(answer, Exhausted):
-            return self._give_up(group, CODE_FAILED, f"{why}; {answer.why}", now)
+            code = CODE_DO_NOT_RESTART if answer.was_given else CODE_FAILED  # as torchrun's, where none was asked for
+            return self._give_up(group, code, f"{why}; {answer.why}", now)
         out: list[RestartAction] = []
         for other in self._reached(group):
             if other is group or other.stage in (AttemptStage.RUNNING, AttemptStage.FINISHED):

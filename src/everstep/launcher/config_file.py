@@ -13,19 +13,11 @@ from everstep.rendezvous_conf import check_key
 
 FILE_BYTES_MAX = 1 << 20
 SCRIPT_KEYS = (SCRIPT, SCRIPT_ARGS)
-# YAML 1.1 takes `nnodes: 1:4` for the number 64, `role: no` for false and 2001-01-01 for a date. These three are what
-# YAML 1.2 takes for anything but text.
-SCALARS = {
-    "bool": (re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"), "tTfF"),
-    "int": (re.compile(r"^[-+]?(?:0|[1-9][0-9]*)$"), "-+0123456789"),
-    "float": (re.compile(r"^[-+]?(?:[0-9]+\.[0-9]*|\.[0-9]+|[0-9]+(?=[eE]))(?:[eE][-+]?[0-9]+)?$"), "-+.0123456789"),
-    "null": (re.compile(r"^(?:~|null|Null|NULL|)$"), ["~", "n", "N", ""]),
-}
 
 
 @dataclass(frozen=True)
 class ConfigFile:
-    """`values` by option name, with the types that the file gave them. `name`: as the operator called it."""
+    """`values` by option name: text, whole numbers, booleans, lists and tables. `name`: as the operator called it."""
 
     name: str
     values: dict[str, Any]
@@ -68,7 +60,7 @@ def _toml(path: str, text: str) -> Any:
         import tomli as tomllib
 
     try:
-        return tomllib.loads(text)
+        return tomllib.loads(text, parse_float=str)  # as it is written: a script's 3e-4 is not 0.0003
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"--config {path} is no TOML: {error}") from error
 
@@ -77,7 +69,10 @@ def _yaml(path: str, text: str) -> Any:
     import yaml
 
     class Loader(yaml.SafeLoader):
-        """Plain scalars as YAML 1.2 has them; a key that is there twice is an error."""
+        """Every value is the text that is there: YAML 1.1 takes `1:4` for 64, `no` for false, 2001-01-01 for a date.
+
+        A key that is there twice is an error.
+        """
 
         yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012
 
@@ -90,8 +85,7 @@ def _yaml(path: str, text: str) -> Any:
                     raise ConfigError(f"--config {path} has {key} twice")
             return super().construct_mapping(node, deep)
 
-    for kind, (pattern, first) in SCALARS.items():
-        Loader.add_implicit_resolver(f"tag:yaml.org,2002:{kind}", pattern, list(first))
+    Loader.add_implicit_resolver("tag:yaml.org,2002:null", re.compile("^$"), [""])
     try:
         found = yaml.load(text, Loader=Loader)
     except (yaml.YAMLError, RecursionError, ValueError) as error:

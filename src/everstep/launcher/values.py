@@ -109,8 +109,8 @@ def _of_file(file: ConfigFile | None, key: str) -> Given:
         if not isinstance(value, str) or not value:
             raise ConfigError(f"{key} in {file.name} is {value!r}; give the script's path")
         return Given(value, file.name)
-    if not isinstance(value, list) or not all(_is_scalar(item) for item in value):
-        raise ConfigError(f"{key} in {file.name} is {value!r}; give a list of words")
+    if not isinstance(value, list) or not all(_is_scalar(item) and not isinstance(item, bool) for item in value):
+        raise ConfigError(f"{key} in {file.name} is {value!r}; give a list of words, in quotes")
     return Given(tuple(str(item) for item in value), file.name)
 
 
