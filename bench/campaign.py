@@ -34,7 +34,6 @@ class Group:
     started_at: float
     log: Path
     reports: list[dict[str, Any]] = dataclasses.field(default_factory=list)
-    aborted: int = 0
     takeovers: int = 0
     has_ended: bool = False
     rest: bytes = b""

@@ -12,11 +12,9 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from everstep import exit_codes
 from everstep.core import (
     messages,
     moves,
-    node,
     node_messages,
     rendezvous_nodes,
     replica,
@@ -25,6 +23,7 @@ from everstep.core import (
     types,
     worker_book,
 )
+from everstep.core import node as nodes
 from everstep.core.resolution import resolve
 from everstep.core.transitions import TRANSITIONS, Turn
 from everstep.core.types import Action, LineageEntry, MemberId, Phase, QuorumId, Report, genesis
@@ -229,7 +228,7 @@ def _limits() -> Iterator[str]:
         (roster, "LISTS_KNOWN_MAX", "member lists that the lighthouse counts on a member to keep"),
         (rendezvous_nodes, "NODES_MAX", "nodes of one rendezvous"),
         (worker_book, "WORKERS_MAX", "workers of one agent"),
-        (node, "ENDED_KEPT_MAX", "workers whose end a node says again on a new link"),
+        (nodes, "ENDED_KEPT_MAX", "workers whose end a node says again on a new link"),
         (worker_book, "KEPT_MAX", "workers of a job that have ended, or are to end, that the lighthouse knows"),
         (round_store, "KEYS_MAX", "keys of a round's store"),
         (round_store, "VALUE_BYTES_MAX", "bytes of one value there"),

@@ -1,5 +1,7 @@
 """What a node says of its workers on each link, what is kept of workers, and when a silent member is asked about."""
 
+import pytest
+
 from everstep.core.failure_detector import DetectorPolicy, Doubt, FailureDetector, Suspicion
 from everstep.core.lighthouse import AgentMessage, JobConfig, LighthouseMachine
 from everstep.core.messages import Cause, Close
@@ -62,11 +64,19 @@ def test_a_worker_whose_agent_is_back_on_another_link_outlives_the_end_of_the_fi
     assert book.agent_of("w") == 2
 
 
-def test_an_agent_with_too_many_workers_loses_its_link() -> None:
+@pytest.mark.parametrize(
+    "said",
+    [
+        WorkersRunning(tuple(f"w{n}" for n in range(WORKERS_MAX + 1))),
+        WorkersRunning(("w" * 201,)),
+        WorkerEnded("w" * 201),
+    ],
+    ids=["workers", "name", "name of one that ended"],
+)
+def test_an_agent_beyond_the_bounds_loses_its_link(said: WorkersRunning | WorkerEnded) -> None:
     machine = LighthouseMachine(JobConfig(job_id="job", lighthouse="lh", history="h"))
     machine.start(0.0)
-    workers = tuple(f"w{n}" for n in range(WORKERS_MAX + 1))
-    effects = machine.receive(AgentMessage(7, WorkersRunning(workers)), 0.0)
+    effects = machine.receive(AgentMessage(7, said), 0.0)
     assert [effect.link for effect in effects if isinstance(effect, Close)] == [7]
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from tests.core.rendezvous_stage import RendezvousStage
+from tests.core.story import told_again
 
 TRANSCRIPTS = sorted((Path(__file__).parent / "rendezvous_transcripts").glob("*.txt"))
 
@@ -12,7 +13,7 @@ TRANSCRIPTS = sorted((Path(__file__).parent / "rendezvous_transcripts").glob("*.
 @pytest.mark.parametrize("path", TRANSCRIPTS, ids=lambda path: str(path.stem))
 def test_the_rendezvous_still_tells_the_story(path: Path, rewrite: bool) -> None:
     recorded = path.read_text()
-    told = _tell(recorded)
+    told = told_again(recorded, RendezvousStage().run)
     if rewrite:
         path.write_text(told)
     assert told == path.read_text()
@@ -20,14 +21,3 @@ def test_the_rendezvous_still_tells_the_story(path: Path, rewrite: bool) -> None
 
 def test_there_are_stories_of_rendezvous() -> None:
     assert len(TRANSCRIPTS) >= 12
-
-
-def _tell(recorded: str) -> str:
-    stage, lines = RendezvousStage(), []
-    for line in recorded.splitlines():
-        if line.startswith("> "):
-            output = stage.run(line[2:])
-            lines.append("\n".join(filter(None, [line, output])))
-        elif line.startswith("#") or not line:
-            lines.append(line)
-    return "\n".join(lines) + "\n"

@@ -10,6 +10,7 @@ import pytest
 from tests.core.agent_stage import AgentStage
 from tests.core.group_stage import GroupStage
 from tests.core.stage import Stage
+from tests.core.story import told_again
 
 TRANSCRIPTS = sorted((Path(__file__).parent / "transcripts").glob("*.txt"))
 
@@ -17,7 +18,8 @@ TRANSCRIPTS = sorted((Path(__file__).parent / "transcripts").glob("*.txt"))
 @pytest.mark.parametrize("path", TRANSCRIPTS, ids=lambda path: str(path.stem))
 def test_the_machines_still_tell_the_story(path: Path, rewrite: bool) -> None:
     recorded = path.read_text()
-    told = _tell(recorded)
+    stage: Stage = GroupStage() if "> ranks" in recorded else AgentStage() if "> agents" in recorded else Stage()
+    told = told_again(recorded, stage.run)
     if rewrite:
         path.write_text(told)
     assert told == path.read_text()
@@ -25,15 +27,3 @@ def test_the_machines_still_tell_the_story(path: Path, rewrite: bool) -> None:
 
 def test_there_are_stories() -> None:
     assert len(TRANSCRIPTS) >= 15
-
-
-def _tell(recorded: str) -> str:
-    stage: Stage = GroupStage() if "> ranks" in recorded else AgentStage() if "> agents" in recorded else Stage()
-    lines = []
-    for line in recorded.splitlines():
-        if line.startswith("> "):
-            output = stage.run(line[2:])
-            lines.append("\n".join(filter(None, [line, output])))
-        elif line.startswith("#") or not line:
-            lines.append(line)
-    return "\n".join(lines) + "\n"

@@ -84,10 +84,3 @@ def test_followers_are_heard_often_enough_for_short_heartbeat_timeouts() -> None
         outcome = world.run()
         assert outcome.verdict == "ok", str(outcome)
         assert "round opened" not in [log.event for log in world.lighthouse.logs]
-
-
-@pytest.mark.soak
-def test_three_thousand_seeds_of_ranks_end_well() -> None:
-    for seed in range(10_000, 13_000):
-        outcome = World(seed, groups=2 + seed % 4, steps=8, ranks=2 + seed // 4 % 2).run()
-        assert outcome.is_ok, str(outcome)

@@ -3,19 +3,23 @@
 import os
 import signal
 import time
+from pathlib import Path
+from typing import Any
 
 import pytest
 
 from everstep.core.events import EventKind
 from everstep.core.messages import Cause
+from tests.support.processes import Spawner
 from tests.train.agent import StandInAgent, token_of
 from tests.train.job import Job, Running, assert_nothing_lost, assert_same_bits
+from tests.train.outage import OutageJob
 from tests.train.ranks import RankedJob
 
 GIB = 1 << 30
 
 
-def start_with_tokens(job: Job, plans: dict[int, dict[str, object]] | None = None) -> list[Running]:
+def start_with_tokens(job: Job, plans: dict[int, dict[str, Any]] | None = None) -> list[Running]:
     for group in range(job.groups):
         job.start(group, agent_token=token_of(group), **(plans or {}).get(group, {}))
     return list(job.running.values())
@@ -140,6 +144,26 @@ def test_the_death_of_any_rank_fails_its_group_at_once() -> None:
         job.until_team_fails(1)
         job.stop(others)
         assert failures(job)[0] == ("1", Cause.PROCESS_EXITED, "rank 1: out of memory")
+
+
+@pytest.mark.soak
+def test_a_lighthouse_that_is_started_again_hears_from_the_agents_what_runs(spawn: Spawner, tmp_path: Path) -> None:
+    with OutageJob(spawn, 3, tmp_path / "state") as job, StandInAgent(job.address) as agent:
+        everyone = start_with_tokens(job)
+        agent.watch(*everyone)
+        victim, survivors = everyone[1], [everyone[0], everyone[2]]
+        job.until_steps(everyone, 5)
+        job.kill_lighthouse()
+        job.start_lighthouse()
+        job.until(lambda: job.status().get("links") == 3 and agent.client.is_open, "all are back")
+        assert victim.process.pid is not None
+        os.kill(victim.process.pid, signal.SIGSTOP)
+        job.until_gone(victim)
+        assert agent.fenced == [token_of(1)]
+        job.until(lambda: all(m.participants == 2 for m in survivors), "the others go on without it")
+        job.stop(survivors)
+        assert_nothing_lost(survivors)
+        assert "state T" in failures(job)[0][2]
 
 
 def test_a_job_whose_processes_end_well_has_no_failure_whatever_their_agents_report() -> None:

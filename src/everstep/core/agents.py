@@ -23,10 +23,11 @@ from everstep.core.node_messages import Fence, FromAgent, Vouched, VouchFor, Wor
 from everstep.core.reconfiguration import Reconfigurer
 from everstep.core.roster import Peer, Roster
 from everstep.core.types import MemberId
-from everstep.core.worker_book import DETAIL_CHARS_MAX, WORKERS_MAX, WorkerBook
+from everstep.core.worker_book import DETAIL_CHARS_MAX, NAME_CHARS_MAX, WORKERS_MAX, WorkerBook
 
 ALIVE = ("R", "S", "D")
-STOPPED = ("T", "t")
+STOPPED = ("T",)  # by a signal; not t, by a debugger: that is no answer
+GONE = ("", "Z", "X", "x")
 NOT_FENCED = (Cause.LEFT, Cause.BROKEN_PATH)  # it goes by itself; it waits until it is let in again
 
 
@@ -70,10 +71,12 @@ class AgentDesk:
         if isinstance(event, AgentLinkClosed):
             self._book.agent_gone(event.link)
             return []
+        named = event.message.workers if isinstance(event.message, WorkersRunning) else (event.message.worker,)
+        if len(named) > WORKERS_MAX or max(map(len, named), default=0) > NAME_CHARS_MAX:
+            bounds = f"{WORKERS_MAX} workers of one agent, names of {NAME_CHARS_MAX} characters"
+            return [Close(event.link, f"beyond the bounds: {bounds}")]
         match event.message:
             case WorkersRunning(workers):
-                if len(workers) > WORKERS_MAX:
-                    return [Close(event.link, f"{len(workers)} workers of one agent, more than {WORKERS_MAX}")]
                 self._book.runs(event.link, workers)
                 return self._fence(self._book.to_fence(workers))
             case WorkerEnded():
@@ -153,7 +156,9 @@ class AgentDesk:
             why = f"nothing is heard, and its process is stopped (state {process_state})"
             out = self._changes.suspect(peer.member, Cause.SILENT, why, now)
             return out + self._admission.admit_contenders_of(peer.member.replica_id, now)
-        return self._worker_ended(WorkerEnded(worker, "its process is gone"), now)
+        if process_state in GONE:
+            return self._worker_ended(WorkerEnded(worker, "its process is gone"), now)
+        return []
 
     def _all_live(self, peer: Peer, now: float) -> list[Effect]:
         """Silent, and alive. What it last said of itself is taken to go on: that it computes, for so long."""

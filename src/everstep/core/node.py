@@ -74,8 +74,7 @@ class NodeMachine:
     def link_up(self) -> list[FromNode]:
         self.is_registered = False
         running: list[FromNode] = [WorkersRunning(tuple(self._workers))] if self._workers else []
-        stands: list[FromNode] = self.stand(self.health) if self.health is not NodeHealth.HEALTHY else []
-        return [self._hello(), *self._ended, *running, *stands]
+        return [self._hello(), *self._ended, *running]
 
     def link_down(self) -> None:
         self.is_registered = False

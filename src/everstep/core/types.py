@@ -83,7 +83,7 @@ class Quorum(msgspec.Struct, frozen=True, array_like=True, dict=True):
     members: tuple[Member, ...]
     store: str = ""
 
-    @property
+    @functools.cached_property
     def member_ids(self) -> tuple[MemberId, ...]:
         return tuple(member.id for member in self.members)
 

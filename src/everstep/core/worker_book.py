@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Sequence
 
 WORKERS_MAX = 1024  # of one agent
+NAME_CHARS_MAX = 200
 KEPT_MAX = 10_000  # workers that have ended, and that are to end
 DETAIL_CHARS_MAX = 200
 

@@ -51,8 +51,8 @@ class NodeClient:
     """One node of one (job, group). `start` first; then any method from any thread, one `next_round` at a time.
 
     Set `on_fence` and `vouch` before `start`, where there are workers to speak for. Both are given a worker's token, on
-    the link's thread, and must not block: `on_fence` ends the worker (its end is then reported as any other); `vouch`
-    returns the state of its process, a letter as in /proc, "" when it is gone.
+    the link's thread, and must not block or raise. `on_fence` ends the worker; its end is then reported as any other.
+    `vouch` returns the state of its process: a letter as in /proc, "" when it is gone.
     """
 
     on_fence: Callable[[str], None] | None = None

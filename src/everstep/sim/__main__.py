@@ -7,7 +7,7 @@ import functools
 import gc
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from everstep.core.replica import Replica
 from everstep.sim.rendezvous import RendezvousWorld
@@ -19,6 +19,8 @@ SCALE_GROUPS_MIN = 1000  # from here on it is about cost: one quorum, one failur
 
 
 CHUNK = 100  # seeds that a worker process gets at a time
+RunChunk = Callable[[range], tuple[dict[str, int], list[str]]]  # how often each verdict came, and what to say
+COLLECT_EVERY = 16  # seeds; a world is a few MB
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,17 +66,22 @@ def main(argv: list[str] | None = None, *, replica_type: type[Replica] = Replica
     size = Size(groups, ranks, args.steps, args.agents)
     if args.seed is not None:
         return 0 if _run(args.seed, size, args.trace, replica_type).is_ok else 1
+    run_chunk = functools.partial(_run_chunk, size=size, replica_type=replica_type)
+    return 1 if _run_chunks(run_chunk, args) else 0
+
+
+def _run_chunks(run_chunk: RunChunk, args: argparse.Namespace) -> int:
+    """All of `--seeds` in `--jobs` processes; sums up and says the counts, returns how many lines told of failures."""
+    counts: dict[str, int] = {}
     first, last = map(int, args.seeds.split(":"))
     chunks = [range(at, min(at + CHUNK, last)) for at in range(first, last, CHUNK)]
-    run_chunk = functools.partial(_run_chunk, size=size, replica_type=replica_type)
-    counts: dict[str, int] = {}
     if args.jobs > 1:
         with concurrent.futures.ProcessPoolExecutor(args.jobs) as pool:
             failed = _sum_up(pool.map(run_chunk, chunks), counts)
     else:
         failed = _sum_up(map(run_chunk, chunks), counts)
     _print_line(f"{last - first} seeds: " + ", ".join(f"{n} {verdict}" for verdict, n in sorted(counts.items())))
-    return 1 if failed else 0
+    return failed
 
 
 def _run(seed: int, size: Size, is_traced: bool, replica_type: type[Replica]) -> Outcome:
@@ -100,14 +107,18 @@ def _run_chunk(seeds: range, *, size: Size, replica_type: type[Replica]) -> tupl
     counts: dict[str, int] = {}
     said: list[str] = []
     gc.disable()  # a world is a web of cycles that lives for one seed
-    for seed in seeds:
+    gc.freeze()  # what was imported is not looked through each time
+    for ran, seed in enumerate(seeds):
         world = size.world(seed, replica_type)
         outcome = world.run()
         word = outcome.verdict.split(" ")[0]
         counts[word] = counts.get(word, 0) + 1
         if not outcome.is_ok:
             said += [str(outcome), _how_to_reproduce(world)]
-        gc.collect()
+        del world
+        if ran % COLLECT_EVERY == COLLECT_EVERY - 1:
+            gc.collect()
+    gc.unfreeze()
     gc.enable()
     return counts, said
 
@@ -132,22 +143,37 @@ def _run_rendezvous(args: argparse.Namespace) -> int:
             wall_s = time.perf_counter() - began_at
             _print_line(f"{describe()}, {wall_s:.1f} s wall for all machines together")
         return 0
-    seeds = [args.seed] if args.seed is not None else range(*map(int, args.seeds.split(":")))
-    failed = rounds = 0
-    for seed in seeds:
-        world = RendezvousWorld(seed, nodes=args.nodes or 2 + seed % 6)
+    if args.seed is not None:
+        world = _round_world(args.seed, args.nodes)
         if args.trace:
             world.trace = _print_line
         outcome = world.run()
-        rounds += outcome.rounds
-        if args.seed is not None or not outcome.is_ok:
-            _print_line(str(outcome))
+        _print_line(str(outcome))
         if not outcome.is_ok:
-            failed += 1
-            nodes = f" --nodes {args.nodes}" if args.nodes else ""
-            _print_line(f"reproduce: python -m everstep.sim --rendezvous --seed {seed}{nodes} --trace")
-    _print_line(f"{len(seeds)} seeds: {len(seeds) - failed} ok, {rounds} rounds")
+            _print_line(_how_to_reproduce_rounds(args.seed, args.nodes))
+        return 0 if outcome.is_ok else 1
+    failed = _run_chunks(functools.partial(_run_round_chunk, nodes=args.nodes), args)
     return 1 if failed else 0
+
+
+def _round_world(seed: int, nodes: int) -> RendezvousWorld:
+    return RendezvousWorld(seed, nodes=nodes or 2 + seed % 6)
+
+
+def _run_round_chunk(seeds: range, *, nodes: int) -> tuple[dict[str, int], list[str]]:
+    counts = {"ok": 0, "rounds": 0}
+    said: list[str] = []
+    for seed in seeds:
+        outcome = _round_world(seed, nodes).run()
+        counts["rounds"] += outcome.rounds
+        counts["ok"] += outcome.is_ok
+        if not outcome.is_ok:
+            said += [str(outcome), _how_to_reproduce_rounds(seed, nodes)]
+    return counts, said
+
+
+def _how_to_reproduce_rounds(seed: int, nodes: int) -> str:
+    return f"reproduce: python -m everstep.sim --rendezvous --seed {seed}{f' --nodes {nodes}' if nodes else ''} --trace"
 
 
 def _run_at_scale(groups: int) -> int:

@@ -202,6 +202,10 @@ class Climate:
     link_grace_s: float = 0.02
     patience: float = 1.0  # scales the bound of I7
 
+    def for_many_groups(self) -> "Climate":
+        """Where steps take long, heartbeats are nearly all that happens, and what a schedule costs grows with them."""
+        return dataclasses.replace(self, heartbeat_timeout_s=8.0) if self.name == "heavy" else self
+
 
 CLIMATES = (
     Climate(name="lan"),

@@ -4,7 +4,7 @@ import dataclasses
 import hashlib
 
 from everstep.core.replica_state import ReplicaState
-from everstep.core.types import Lineage, MemberId, QuorumId
+from everstep.core.types import Lineage, MemberId, Quorum, QuorumId
 
 Batch = tuple[str, int]  # (name of a process, number of its batch)
 
@@ -35,12 +35,13 @@ class Checkers:
         # The last step of each history, in the order of their first commits; -1 while it is the newest.
         self._ends: dict[str, int] = {}
         self._members_of: dict[QuorumId, tuple[MemberId, ...]] = {}
+        self._seen: dict[str, Quorum | None] = {}  # what was checked last
         self._quorum_of: dict[str, QuorumId] = {}
         self._lineage_of: dict[str, Lineage] = {}
 
     def observe(self, process: str, replica: ReplicaState) -> None:
         """After every event of `process`: ids grow and name one membership (I5); one lineage a step (I1, I3)."""
-        if replica.quorum is not None:
+        if replica.quorum is not self._seen.get(process):
             self._check_quorum(process, replica)
         lineage = replica.lineage
         before = self._lineage_of.pop(process, None)
@@ -58,7 +59,9 @@ class Checkers:
             raise Violation(f"I1 {process} has another lineage at step {lineage.step} of {lineage.history}")
 
     def _check_quorum(self, process: str, replica: ReplicaState) -> None:
-        assert replica.quorum is not None
+        self._seen[process] = replica.quorum
+        if replica.quorum is None:
+            return
         quorum_id = replica.quorum.id
         if quorum_id < self._quorum_of.get(process, quorum_id):
             raise Violation(f"I5 {process} goes back from quorum {self._quorum_of[process]} to {quorum_id}")

@@ -1,5 +1,6 @@
 """A process of the virtual world: its machine, its link, its collectives; what it trains is its subclasses' affair."""
 
+import abc
 from collections import deque
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 COLLECTIVE_TIMEOUT_S = 30.0  # where no notice ends them: longer than anybody computes
 
 
-class Party:
+class Party(abc.ABC):
     """One start of a process; its training thread is what a subclass makes of `_advance`."""
 
     replica: Any  # its machine: a Replica, or in a group of several ranks its Leader or a Follower
@@ -228,9 +229,9 @@ class Party:
 
     # ---- what every training thread does
 
+    @abc.abstractmethod
     def _advance(self) -> None:
         """Go on as far as the machine lets it."""
-        raise NotImplementedError
 
     def _mark(self, activity: Activity) -> None:
         self.replica.mark(activity, self._world.now)

@@ -1,5 +1,6 @@
 """The ranks of one replica group in the virtual world: what `train/stepper.py` does on each, with their machines."""
 
+import abc
 from collections import deque
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -83,8 +84,8 @@ class RankParty(Party):
                 return
             self._inbox.popleft()()
 
-    def hear(self, message: Any) -> None:
-        raise NotImplementedError
+    @abc.abstractmethod
+    def hear(self, message: Any) -> None: ...
 
     def lose(self, ended: "RankParty") -> None:
         if not self.replica.has_everyone_left:
@@ -350,13 +351,13 @@ class RankParty(Party):
         self._end_batch(Outcome(is_committed, replica.step, ""))
 
     def _agree(self) -> bool:
-        raise NotImplementedError
+        raise Violation(f"{self.name} waits for nobody's agreement")
 
-    def _begin_batch(self) -> Try:
-        raise NotImplementedError
+    @abc.abstractmethod
+    def _begin_batch(self) -> Try: ...
 
-    def _end_batch(self, outcome: Outcome) -> None:
-        raise NotImplementedError
+    @abc.abstractmethod
+    def _end_batch(self, outcome: Outcome) -> None: ...
 
     def _finish(self, outcome: Outcome) -> None:
         assert self._try is not None

@@ -82,6 +82,8 @@ class World:
         self.rng = random.Random(seed)
         self.clock = Clock()
         self.climate = climate or self.rng.choice(CLIMATES)
+        if groups >= GROUPS_MANY and climate is None:
+            self.climate = self.climate.for_many_groups()
         self.delays = self.climate.delays
         self._collectives = [Collectives(self.clock, self.rng, self.delays) for _ in range(ranks)]  # rank by rank
         self.checkers = Checkers()
