@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from everstep import exit_codes
 from everstep.core import (
     messages,
     moves,

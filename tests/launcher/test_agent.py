@@ -310,15 +310,13 @@ def test_a_node_that_gives_up_ends_the_others_with_its_code(spawn: Spawner, tmp_
         assert "exit code 9" in stderr_of(first)
 
 
-def test_agent_and_workers_go_on_without_the_lighthouse(
-    spawn: Spawner, tmp_path: Path
-) -> None:
+def test_agent_and_workers_go_on_without_the_lighthouse(spawn: Spawner, tmp_path: Path) -> None:
     source, end = script(tmp_path, NODE), tmp_path / "end"
     with Lighthouse.in_thread(LighthouseSettings(port=0)) as lighthouse:
         port = int(lighthouse.address.rpartition(":")[2])
         agent = start_agent(
-            spawn, tmp_path, "--no-template", "--lighthouse", lighthouse.address, "--rdzv-id", "job", "--max-restarts", "1",
-            source, str(end), "fails",
+            spawn, tmp_path, "--no-template", "--lighthouse", lighthouse.address, "--rdzv-id", "job",
+            "--max-restarts", "1", source, str(end), "fails",
         )  # fmt: skip
         agent.expect_line("node 0 of 1 restart 0")
     assert agent.is_alive()

@@ -74,7 +74,8 @@ class NodeMachine:
     def link_up(self) -> list[FromNode]:
         self.is_registered = False
         running: list[FromNode] = [WorkersRunning(tuple(self._workers))] if self._workers else []
-        return [self._hello(), *self._ended, *running]
+        stands: list[FromNode] = self.stand(self.health) if self.health is not NodeHealth.HEALTHY else []
+        return [self._hello(), *self._ended, *running, *stands]
 
     def link_down(self) -> None:
         self.is_registered = False
