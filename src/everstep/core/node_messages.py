@@ -253,7 +253,15 @@ class Fence(msgspec.Struct, frozen=True, tag="fence"):
 
 FromAgent = WorkersRunning | WorkerEnded | Vouched
 FromNode = (
-    NodeHello | JoinRound | StoreHosted | LeaveRendezvous | CloseRendezvous | NodeHeartbeat | StoreCall | FromAgent
+    NodeHello
+    | JoinRound
+    | NodeStands
+    | StoreHosted
+    | LeaveRendezvous
+    | CloseRendezvous
+    | NodeHeartbeat
+    | StoreCall
+    | FromAgent
 )
 ToNode = (
     NodeWelcome
