@@ -1,7 +1,7 @@
 """The seeds of `make soak`, at the lowest priority.
 
-Replica groups of one rank, the nodes of a rendezvous, a part as many groups with agents, and a smaller part of groups of
-several ranks, which cost more.
+Replica groups of one rank, the nodes of a rendezvous, a part as many groups with agents, and a smaller part of groups
+of several ranks, which cost more.
 """
 
 import os

@@ -16,6 +16,7 @@ given its environment by `replace_environment`.
 | RANK, WORLD_SIZE | this process among the ranks of its group, as torchrun sets them; unset: a group of one |
 | EVERSTEP_GROUP_LEADER | `host:port` where rank 0 of the group listens for the others; unset: torchrun's store says |
 | EVERSTEP_WORKER | the agent's name for this start of this process; unset: no agent started it |
+| EVERSTEP_STEPS_FILE | where the agent reads how many steps this process has committed |
 | MASTER_ADDR, MASTER_PORT | where torchrun's agent has its store, if TORCHELASTIC_USE_AGENT_STORE says so |
 """
 
@@ -77,6 +78,7 @@ class ManagerSettings:
     nccl_environment: Mapping[str, str] = dataclasses.field(default_factory=dict, repr=False)  # TORCH_NCCL_*
     group: GroupSettings = dataclasses.field(default_factory=GroupSettings)
     worker: str = ""  # the token that its agent gave this process; "": no agent
+    steps_file: str = ""  # where that agent reads how many steps it has committed
 
     def __post_init__(self) -> None:
         if self.backend not in ("gloo", "nccl"):
@@ -211,6 +213,7 @@ def manager_settings(
         ),
         group=_group_settings(group_rank, group_size, env),
         worker=env.get("EVERSTEP_WORKER", ""),
+        steps_file=env.get("EVERSTEP_STEPS_FILE", ""),
     )
 
 

@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from everstep.core.failure_detector import LATENESS_MIN_S, DetectorPolicy, FailureDetector
+from everstep.core.failure_detector import LATENESS_MIN_S, DetectorPolicy, FailureDetector, Suspicion
 from everstep.core.messages import Cause
 from everstep.core.types import MemberId
 

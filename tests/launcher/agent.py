@@ -1,4 +1,7 @@
-"""A stand-in for an agent: `python -m tests.launcher.agent template|plain SCRIPT COUNT` starts workers and waits."""
+"""A stand-in for an agent: `python -m tests.launcher.agent template|plain SCRIPT COUNT` starts workers and waits.
+
+SIGUSR1 has it reap orphans, which it otherwise does when a worker has ended.
+"""
 
 import os
 import signal
@@ -14,6 +17,7 @@ from tests.launcher.workers import Scripts, environment
 
 def main() -> None:
     way, script, count = sys.argv[1:]
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
     around = Surroundings(adopts_orphans=True)
     starter: Starter
     if way == "template":
@@ -30,7 +34,9 @@ def main() -> None:
         process.watch(lambda death: print("death", _seen(death)), lambda status: print("exit", status.describe()))
         print("worker", process.pid)
     print("all started", flush=True)
-    signal.pause()
+    while True:
+        signal.sigwait({signal.SIGUSR1})
+        around.reap_orphans()
 
 
 def _seen(death: WorkerDeath) -> str:

@@ -10,7 +10,7 @@ from everstep.launcher.death_watch import Surroundings
 from everstep.launcher.plain import PlainStarter
 from everstep.launcher.starting import Starter
 from everstep.launcher.template_client import TemplateSettings, TemplateStarter
-from tests.launcher.workers import DEADLINE_S, Scripts, environment
+from tests.launcher.workers import DEADLINE_S, Scripts, Worker, environment, without_python
 
 
 @pytest.fixture(scope="package")
@@ -35,6 +35,8 @@ def light_template() -> Iterator[TemplateStarter]:
 @pytest.fixture(scope="package")
 def plain() -> Iterator[PlainStarter]:
     starter = PlainStarter(Surroundings())
+    with Worker(starter, without_python(["true"])):  # its thread lives from here on
+        pass
     yield starter
     starter.close()
 

@@ -89,14 +89,14 @@ def test_a_program_that_does_not_exist_is_a_failure_that_says_so(spawn: Spawner,
     assert "/does/not/exist" in stderr_of(agent)
 
 
-WITH_CHILD = """
+WITH_CHILD = r"""
 import os, signal, sys, time
 child = os.fork()
 if child == 0:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     time.sleep(60)
     os._exit(0)
-print("runs", os.environ["TORCHELASTIC_RESTART_COUNT"], os.getpid(), child, flush=True)
+os.write(1, f"runs {os.environ['TORCHELASTIC_RESTART_COUNT']} {os.getpid()} {child}\n".encode())
 if os.environ["TORCHELASTIC_RESTART_COUNT"] == sys.argv[1]:
     print("end", flush=True)
     time.sleep(60)
@@ -191,10 +191,10 @@ def test_a_full_disk_under_the_log_directory_does_not_stop_training(tmp_path: Pa
     assert stderr_of(agent).count("log file given up, training goes on") == 2
 
 
-TALKS = """
+TALKS = r"""
 import os, sys
-print("out", os.environ["RANK"])
-print("err", os.environ["RANK"], file=sys.stderr)
+os.write(1, f"out {os.environ['RANK']}\n".encode())
+os.write(2, f"err {os.environ['RANK']}\n".encode())
 sys.stdout.write("no newline")
 """
 
@@ -241,10 +241,10 @@ def test_a_second_agent_with_the_same_node_id_is_refused(spawn: Spawner, tmp_pat
         assert first.wait() == 92
 
 
-LEAVES_AND_STAYS = """
+LEAVES_AND_STAYS = r"""
 import os, signal, sys, time
 group, restart = os.environ["REPLICA_GROUP_ID"], os.environ["TORCHELASTIC_RESTART_COUNT"]
-print("runs", group, restart, os.environ["WORLD_SIZE"], flush=True)
+os.write(1, f"runs {group} {restart} {os.environ['WORLD_SIZE']}\n".encode())
 if group == "1" and restart == "0":
     os.kill(os.getpid(), signal.SIGKILL)
 signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))

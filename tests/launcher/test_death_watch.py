@@ -2,6 +2,7 @@
 
 import os
 import signal
+import threading
 import time
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from everstep.launcher.starting import ExitStatus, RunAs, Starter
 from everstep.launcher.template_client import TemplateStarter
 from tests.launcher.workers import Scripts, Worker, nothing_left
 from tests.support import proc
+from tests.support.processes import Spawner
 from tests.support.waiting import wait_until
 
 GONE_S = 1.0
@@ -88,11 +90,39 @@ signal.pause()
         wait_until(lambda: not file.exists(), what="the resource tracker has lived to remove it")
 
 
+def test_orphans_in_sessions_of_their_own_are_reaped_where_the_agent_adopts_them(
+    spawn: Spawner, tmp_path: Path
+) -> None:
+    text = """
+import os, subprocess
+os.write(1, b"daemon %d\\n" % subprocess.Popen(["cat", "fifo"], start_new_session=True).pid)
+"""
+    (tmp_path / "script.py").write_text(text)
+    os.mkfifo(tmp_path / "fifo")
+    agent = spawn(["-m", "tests.launcher.agent", "template", str(tmp_path / "script.py"), "1"])
+    orphan = int(agent.expect_line("daemon").split()[1])
+    agent.expect_line("exit code 0")
+    wait_until(lambda: _parent(orphan) == agent.pid)
+    with open(tmp_path / "fifo", "w"):
+        pass
+    wait_until(lambda: not proc.is_alive(orphan))
+    agent.kill(signal.SIGUSR1)
+    wait_until(lambda: proc.stat_of(orphan) is None)
+    agent.kill()
+    agent.wait()
+
+
+def _parent(pid: int) -> int:
+    stat = proc.stat_of(pid)
+    return stat.parent if stat else 0
+
+
 def test_an_exec_is_no_death(starter: Starter, scripts: Scripts) -> None:
     text = "import os\nprint('up', flush=True)\nos.execvp('sh', ['sh', '-c', 'echo sh; read x < fifo; exit 6'])"
     os.mkfifo(scripts.folder / "fifo")
     with Worker(starter, scripts.script(text)) as worker:
         assert [worker.read_line(), worker.read_line()] == ["up", "sh"]
+        wait_until(lambda: f"everstep-death-{worker.pid}" not in {thread.name for thread in threading.enumerate()})
         assert worker.deaths.empty()
         with open(scripts.folder / "fifo", "w"):
             pass

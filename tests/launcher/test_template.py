@@ -3,7 +3,6 @@
 import logging
 import os
 import signal
-import subprocess
 import sys
 import threading
 import time
@@ -17,7 +16,7 @@ from everstep.launcher.starting import ExitStatus, RunAs
 from everstep.launcher.store_host import host_store
 from everstep.launcher.template_client import TemplateSettings, TemplateStarter
 from everstep.launcher.template_fit import differing_variables
-from tests.launcher.workers import DEADLINE_S, PYTHON, Scripts, Worker, environment, nothing_left
+from tests.launcher.workers import DEADLINE_S, Scripts, Worker, environment, nothing_left
 from tests.support import proc
 from tests.support.processes import Spawner
 from tests.support.waiting import wait_until
@@ -63,51 +62,55 @@ def test_a_start_that_a_templates_death_interrupts_is_retried_and_starts_one_wor
 ) -> None:
     stopped = own_template.template_pid
     os.kill(stopped, signal.SIGSTOP)
+    wait_until(lambda: own_template.template_pid and _state(stopped) == "T")
     workers: list[Worker] = []
     thread = threading.Thread(target=lambda: workers.append(Worker(own_template, scripts.script(UP))))
-    thread.start()
-    wait_until(lambda: _has_order_waiting(stopped))
-    os.kill(stopped, signal.SIGKILL)
-    thread.join(DEADLINE_S)
-    (worker,) = workers
-    with worker:
-        assert worker.read_line() == "up"
-        mine = [stat for stat in proc.descendants(os.getpid()) if b"script.py" in _command(stat.pid)]
-        assert [stat.pid for stat in mine] == [worker.pid]
+    with nothing_left():
+        thread.start()
+        # The order lies in the socket of a process that will never read it.
+        wait_until(lambda: len(os.listdir("/proc/self/task")) > 1 and _sends_await_a_report())
+        os.kill(stopped, signal.SIGKILL)
+        thread.join(DEADLINE_S)
+        (worker,) = workers
+        with worker:
+            assert worker.read_line() == "up"
+            titles = [proc.command_line(stat.pid) for stat in proc.descendants(os.getpid())]
+            assert sum("script.py" in title for title in titles) == 1
 
 
-def _has_order_waiting(pid: int) -> bool:
-    """Whether this process has something to read on its control socket, as `ss` would say."""
-    return any(stat.pid == pid and stat.state == "T" for stat in proc.every_process())
+def _state(pid: int) -> str:
+    stat = proc.stat_of(pid)
+    return stat.state if stat else ""
 
 
-def _command(pid: int) -> bytes:
-    return proc.command_line(pid).encode()
+def _sends_await_a_report() -> bool:
+    """Whether a thread of this process is in `Handshake.await_report`."""
+    return any(frame.f_code.co_name == "_receive" for frame in sys._current_frames().values())
 
 
 def test_spares_are_used_and_replaced_and_leave_with_the_starter(scripts: Scripts) -> None:
     settings = TemplateSettings(environment=environment(), search_path=os.getcwd(), preload=(), spares=2)
+    others = _forked_and_waiting()
     with nothing_left():
         with TemplateStarter(settings, Surroundings()) as starter:
-            wait_until(lambda: _spares(starter) == 2)
-            spares = _children_named("everstep-template") - {starter.template_pid}
-            os.kill(min(spares), signal.SIGKILL)  # one that dies while it waits is no worker's failure
-            for _ in range(2):
-                with Worker(starter, scripts.script(UP)) as worker:
-                    assert worker.read_line() == "up"
-            assert worker.pid not in spares
-            wait_until(lambda: _spares(starter) == 2)
-            left = _children_named("everstep-template")
-            assert len(left) == 3
+            assert starter.wait_ready(DEADLINE_S)
+            others.add(starter.template_pid)
+            wait_until(lambda: len(_forked_and_waiting() - others) == 2)
+            dies, is_used = _forked_and_waiting() - others
+            os.kill(dies, signal.SIGKILL)  # while it waits: no worker's failure
+            with Worker(starter, scripts.script(UP)) as worker:
+                assert worker.read_line() == "up"
+                assert worker.pid == is_used
+            wait_until(lambda: len(_forked_and_waiting() - others) == 2)
+            left = _forked_and_waiting() - others
         wait_until(lambda: not any(proc.stat_of(pid) for pid in left))
 
 
-def _spares(starter: TemplateStarter) -> int:
-    return len(_children_named("everstep-template") - {starter.template_pid})
-
-
-def _children_named(title: str) -> set[int]:
-    return {s.pid for s in proc.descendants(os.getpid()) if proc.command_line(s.pid).rstrip() == title}
+def _forked_and_waiting() -> set[int]:
+    """And templates, which look alike; but not who is between a template and a worker for an instant."""
+    me = os.getpid()
+    mine = [stat.pid for stat in proc.descendants(me) if stat.parent == me]
+    return {pid for pid in mine if proc.command_line(pid).rstrip() == "everstep-template"}
 
 
 def test_a_preload_that_runs_a_parallel_operation_is_found_out_by_the_canary(
@@ -117,7 +120,7 @@ def test_a_preload_that_runs_a_parallel_operation_is_found_out_by_the_canary(
         "import torch\ntorch.set_num_threads(2)\nassert torch.ones(1 << 20).sum() > 0\n"
     )
     settings = TemplateSettings(
-        environment=environment(), search_path=str(tmp_path), preload=("torch", "runs_in_parallel")
+        environment=environment(), search_path=str(tmp_path), preload=("runs_in_parallel",), canary_s=3
     )
     with caplog.at_level(logging.WARNING, "everstep"), TemplateStarter(settings, Surroundings()) as starter:
         with Worker(starter, scripts.script("print('started', __name__)")) as worker:
@@ -173,7 +176,7 @@ def test_the_agents_death_ends_its_workers_and_their_forked_children(way: str, s
     print(f"all {len(numbers)} gone {time.monotonic() - killed_at:.3f} s after the agent's death")
 
 
-def test_a_store_is_hosted_and_ends_when_told(torch_template: TemplateStarter) -> None:
+def test_a_store_is_hosted_and_ends_when_told(torch_template: TemplateStarter, scripts: Scripts) -> None:
     ends: list[ExitStatus] = []
     with nothing_left():
         store = host_store(torch_template, "127.0.0.1", environment(), ends.append)
@@ -181,9 +184,8 @@ def test_a_store_is_hosted_and_ends_when_told(torch_template: TemplateStarter) -
             "import sys\nfrom torch.distributed import TCPStore\n"
             "s = TCPStore(sys.argv[1], int(sys.argv[2]), is_master=False)\ns.set('a', 'b')\nprint(s.get('a'))"
         )
-        command = [PYTHON, "-c", client, *map(str, store.address)]
-        answer = subprocess.run(command, capture_output=True, check=True, timeout=DEADLINE_S, env=environment())
-        assert answer.stdout == b"b'b'\n"
+        with Worker(torch_template, scripts.script(client, *map(str, store.address))) as worker:
+            assert worker.read_line() == "b'b'"
         store.close()
         assert not proc.is_alive(store.pid)
     assert ends == []
@@ -222,4 +224,3 @@ def test_several_threads_may_start_workers_at_once(light_template: TemplateStart
     for worker in workers:
         with worker:
             assert worker.read_line() == "up"
-    sys.stdout.flush()

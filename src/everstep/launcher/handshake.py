@@ -16,7 +16,7 @@ from everstep.launcher.death_watch import Surroundings, WatchedProcess
 from everstep.launcher.robust_mutex import RobustMutex
 from everstep.launcher.starting import WorkerNotStarted
 
-__all__ = ["Handshake", "WorkerVanished"]
+__all__ = ["Handshake", "WorkerSilent", "WorkerVanished"]
 
 ARRIVE_S = 30.0  # from the fork, or the start of an interpreter, to the report
 EXEC_S = 30.0  # from the word to go on to the program's first instruction
@@ -24,6 +24,10 @@ EXEC_S = 30.0  # from the word to go on to the program's first instruction
 
 class WorkerVanished(WorkerNotStarted):
     """The process, or the template that was to fork it, ended without a word."""
+
+
+class WorkerSilent(WorkerVanished):
+    """Nothing was heard of it in time: it is stopped or stuck, or the template that was to fork it."""
 
 
 class Handshake:
@@ -50,6 +54,11 @@ class Handshake:
         if self._pid:  # its start failed; it has seen the channel's end
             self._discard()
 
+    @property
+    def pid(self) -> int:
+        """Of the worker that reported and waits; 0 before and after."""
+        return self._pid
+
     def await_report(self, timeout_s: float = ARRIVE_S) -> int:
         """The pid of the worker, which now waits. Raises WorkerVanished, or WorkerNotStarted with its own words."""
         self.theirs.close()  # the copy of it that is left is the worker's
@@ -73,7 +82,11 @@ class Handshake:
             socket.send_fds(self._ours, [script.GO], list(fds))
         except OSError as error:
             raise WorkerVanished(f"worker {self._pid} ended before it was let go on: {error}") from error
-        _raise_problem(self._receive("word of its program"))  # nothing, an end, when all is well
+        going = self._receive("word of its program")
+        _raise_problem(going)
+        if going != script.GOING:
+            raise WorkerVanished(f"worker {self._pid} ended before it came to its work")
+        _raise_problem(self._receive("program"))  # nothing, an end, when all is well
         if self.mutex is not None:
             self.mutex.close_fd()
         process = WatchedProcess(self._pid, self.started_at, self.mutex, self._around)
@@ -84,7 +97,7 @@ class Handshake:
         try:
             return self._ours.recv(script.PROBLEM_BYTES_MAX + 1)
         except TimeoutError:
-            raise WorkerVanished(f"no {what} from a starting worker within {self._ours.gettimeout():g} s") from None
+            raise WorkerSilent(f"no {what} from a starting worker within {self._ours.gettimeout():g} s") from None
         except OSError as error:
             raise WorkerVanished(f"no {what} from a starting worker: {error}") from error
 

@@ -4,7 +4,8 @@ A plain worker's interpreter runs `main`; a worker forked from the template call
 then on it behaves as `python script.py` does: its own `__main__`, argv, path, traceback, exit status.
 
 On the channel to the agent, a SOCK_SEQPACKET: `Report` once the place is taken; back comes one message, the word to go
-on (an end instead: leave, nobody knows of this process); then nothing, or why the program could not be run.
+on (an end instead: leave, nobody knows of this process); then `GOING`, and the channel's end, or why a program could
+not be run.
 """
 
 import builtins
@@ -28,6 +29,7 @@ from everstep.launcher.robust_mutex import RobustMutex
 
 __all__ = [
     "GO",
+    "GOING",
     "NOT_RUN",
     "PROBLEM",
     "REPORT",
@@ -38,6 +40,7 @@ __all__ = [
     "set_first_path",
     "set_title",
     "take_place",
+    "tell_going",
     "tell_problem",
 ]
 
@@ -45,6 +48,7 @@ REPORT = struct.Struct("!cIB")  # STARTED, pid, whether its main thread holds th
 STARTED = b"S"
 PROBLEM = b"E"  # and why, in UTF-8
 GO = b"G"
+GOING = b"R"
 MODULE, COMMAND = "module", "command"  # RunAs by value: importing it takes a plain worker 0.1 s
 ADOPTION_S = 10.0
 PROBLEM_BYTES_MAX = 4096
@@ -106,12 +110,19 @@ def tell_problem(channel: socket.socket, text: str) -> None:
         channel.send(PROBLEM + text.encode(errors="replace")[:PROBLEM_BYTES_MAX])
 
 
+def tell_going(channel: socket.socket) -> None:
+    """An end of the channel without this word is the end of a process that never came to its work."""
+    with contextlib.suppress(OSError):
+        channel.send(GOING)
+
+
 def run(channel: socket.socket, run_as: str, target: str, args: list[str]) -> None:
     """Become it. To be called with as little as can be on the stack; what it raises is for the interpreter itself.
 
     The caller unwinds and lets the interpreter finish: threads are joined, atexit runs, SystemExit sets the code.
     """
     set_title([sys.executable, "-u", *(["-m"] if run_as == MODULE else []), target, *args])
+    tell_going(channel)
     if run_as == COMMAND:
         _exec(channel, [target, *args])
     channel.close()

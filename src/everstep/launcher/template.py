@@ -57,6 +57,7 @@ def main() -> None:
     script.set_first_path(search_path)
     place = _serve(control, int(agent_pid))
     if place.work.is_canary:
+        script.tell_going(place.channel)
         place.channel.close()
         _run_in_parallel()
         return

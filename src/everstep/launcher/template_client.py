@@ -17,8 +17,8 @@ import time
 from collections import deque
 from collections.abc import Iterator, Mapping
 
-from everstep.launcher.death_watch import Surroundings, WatchedProcess
-from everstep.launcher.handshake import Handshake, WorkerVanished
+from everstep.launcher.death_watch import Surroundings, WatchedProcess, is_dying
+from everstep.launcher.handshake import Handshake, WorkerSilent, WorkerVanished
 from everstep.launcher.parenthood import abandon_orphans, adopt_orphans
 from everstep.launcher.plain import PlainStarter
 from everstep.launcher.starting import ExitStatus, Launch, WorkerDeath, WorkerNotStarted, WorkerProcess
@@ -30,7 +30,6 @@ __all__ = ["TemplateSettings", "TemplateStarter"]
 
 _log = logging.getLogger("everstep.launcher")
 
-CANARY_S = 5.0
 READY_S = 600.0  # of waiting for a template that loads; its own thread gives up long before
 DEATHS_MAX = 5  # of templates within DEATHS_WITHIN_S, before workers are started plainly
 DEATHS_WITHIN_S = 60.0
@@ -52,6 +51,7 @@ class TemplateSettings:
     preload: tuple[str, ...] = ("torch",)
     python: str = sys.executable
     spares: int = 1
+    canary_s: float = 5.0  # for a parallel operation in a forked process, before no template is used
 
 
 class TemplateStarter:
@@ -109,12 +109,11 @@ class TemplateStarter:
         if self._must_be_plain(launch):
             return self._plain.start(launch)
         with work_file(launch) as fds:
+            while (spare := self._take_spare()) is not None:
+                with contextlib.suppress(WorkerVanished), spare:
+                    self._note_start()
+                    return spare.release(fds)
             for _ in range(STARTS_MAX):
-                with contextlib.suppress(WorkerVanished):
-                    spare = self._take_spare()
-                    if spare is not None:
-                        with spare:
-                            return spare.release(fds)
                 if not self.wait_ready():
                     break
                 template = self._template
@@ -176,14 +175,17 @@ class TemplateStarter:
         except TemplateGone as error:
             self._retire(template)
             raise WorkerVanished(str(error)) from error
-        except WorkerVanished:
-            template.doubt()
-            self._retire(template)
+        except WorkerVanished as error:
+            if isinstance(error, WorkerSilent):
+                template.doubt()
+            if not template.is_alive():
+                self._retire(template)
             raise
 
     def _retire(self, template: TemplateProcess) -> None:
+        """So that the next start waits for the one that takes its place."""
         with self._changed:
-            if self._template is template and not template.is_alive():
+            if self._template is template:
                 self._template = None
 
     def _note_start(self) -> None:
@@ -248,7 +250,7 @@ class TemplateStarter:
                     raise
                 raise TemplateGone("ended while a canary was forked") from None
         canary.watch(_ignore_death, on_exit)
-        if not has_ended.wait(CANARY_S):
+        if not has_ended.wait(self._settings.canary_s):
             canary.signal_group(9)
             has_ended.wait(CLOSE_S)
             raise TemplateUnusable(
@@ -277,10 +279,20 @@ class TemplateStarter:
                 self._add_spare(template)
 
     def _until_spare_ms(self) -> float | None:
+        self._drop_dead_spares()
         with self._changed:
             if len(self._spares) >= self._settings.spares:
                 return None
             return max(1.0, (self._quiet_since + SPARE_DELAY_S - time.monotonic()) * 1000)
+
+    def _drop_dead_spares(self) -> None:
+        with self._changed:
+            dead = [spare for spare in self._spares if is_dying(spare.pid)]
+            for spare in dead:
+                self._spares.remove(spare)
+        for spare in dead:
+            with spare:
+                pass
 
     def _add_spare(self, template: TemplateProcess) -> None:
         with contextlib.ExitStack() as undo:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 import msgspec
 
 from everstep.errors import EverstepError
-from everstep.launcher.death_watch import Surroundings, state_of
+from everstep.launcher.death_watch import Surroundings, is_dying
 from everstep.launcher.handshake import Handshake
 from everstep.launcher.plain import Spawn, spawn_python
 from everstep.launcher.template_messages import MESSAGE_BYTES_MAX, Fork, Preload, decode_to_agent, encode
@@ -96,7 +96,7 @@ class TemplateProcess:
 
     def is_alive(self) -> bool:
         with self._lock:
-            return not self._is_ended and state_of(self.pid) not in ("", "Z", "X")
+            return not self._is_ended and not is_dying(self.pid)
 
     def end(self) -> None:
         """Kill and reap it."""
