@@ -97,7 +97,9 @@ def _starter(settings: JobSettings) -> Iterator[Starter]:
             plain.close()
         return
     search_path = str(Path(settings.target).resolve().parent) if settings.run_as is RunAs.SCRIPT else os.getcwd()
-    template = TemplateSettings(environment=settings.environment, search_path=search_path, preload=settings.preload)
+    template = TemplateSettings(
+        environment=settings.environment, search_path=search_path, preload=("torch", *settings.preload)
+    )
     with TemplateStarter(template, around) as starter:
         yield starter
 
