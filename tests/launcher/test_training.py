@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from everstep.lighthouse.app import Lighthouse
 from tests.launcher.agents import QUIET, ROOT, script, start_agent, stderr_of
 from tests.support import proc
 from tests.support.processes import Spawned, Spawner
+from tests.support.waiting import wait_until
 
 START_S = 60.0  # importing torch, on a machine that does other things, too
 
@@ -183,3 +185,76 @@ def test_two_agents_train_a_world_of_two_nodes_through_the_loss_of_one(spawn: Sp
         third.expect_line("reduced 2 restart 1", START_S)
         assert first.wait(START_S) == 0
         assert third.wait(START_S) == 0
+
+
+def readme_commands() -> list[str]:
+    """The torchrun lines of the README, with the variables before them."""
+    text = (ROOT / "README.md").read_text()
+    return [line for line in text.splitlines() if " torchrun --standalone " in line]
+
+
+@pytest.mark.soak
+def test_the_torchrun_commands_of_the_readme_run_unchanged(spawn: Spawner, tmp_path: Path) -> None:
+    commands = readme_commands()
+    assert len(commands) == 2
+    with Lighthouse.in_thread(LighthouseSettings(port=0)) as lighthouse:
+        agents = []
+        for command in commands:
+            variable, _, rest = command.partition(" torchrun ")
+            name, _, value = variable.partition("=")
+            arguments = rest.replace("examples/", f"{ROOT}/examples/").replace("20000", "200").split()
+            environment = {name: value, "EVERSTEP_LIGHTHOUSE": lighthouse.address, "NUM_REPLICA_GROUPS": "2"}
+            agents.append(start_agent(spawn, tmp_path, *arguments, **environment))
+        for agent in agents:
+            agent.expect_line("participants 2", START_S)
+        for agent in agents:
+            assert agent.wait(START_S) == 0
+
+
+EATS = r"""
+import os, sys
+sys.stdout.write("begins " + os.environ["TORCHELASTIC_RESTART_COUNT"] + "\n")
+if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+    held = []
+    while True:
+        held.append(bytearray(os.urandom(1 << 20)))
+"""
+LIMIT_BYTES = 400 << 20
+IN_CGROUP = """
+import os, sys
+with open(sys.argv[1], "w") as file:
+    file.write(str(os.getpid()))
+os.execv(sys.executable, [sys.executable, "-u", "-m", "tests.launcher.agents", "0.001", *sys.argv[2:]])
+"""
+
+
+@pytest.fixture
+def memory_cgroup() -> Iterator[Path]:
+    """The file to write a pid to, of a cgroup with little memory; skips where none can be made."""
+    mine = Path("/proc/self/cgroup").read_text().splitlines()
+    v1 = next((line.split(":", 2)[2] for line in mine if ":memory:" in line), None)
+    root = Path("/sys/fs/cgroup/memory" if v1 is not None else "/sys/fs/cgroup")
+    folder = root / (v1 or "/").lstrip("/") / f"everstep-test-{os.getpid()}"
+    limit = folder / ("memory.limit_in_bytes" if v1 is not None else "memory.max")
+    try:
+        folder.mkdir()
+        limit.write_text(str(LIMIT_BYTES))
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            folder.rmdir()
+        pytest.skip(f"no memory cgroup can be made here: {error}")
+    yield folder / "cgroup.procs"
+    wait_until(lambda: not (folder / "cgroup.procs").read_text(), 10)
+    folder.rmdir()
+
+
+@pytest.mark.soak
+def test_a_worker_that_is_killed_for_its_memory_starts_again_and_the_cause_is_said(
+    spawn: Spawner, tmp_path: Path, memory_cgroup: Path
+) -> None:
+    env = QUIET | {"PYTHONPATH": f"{ROOT / 'src'}:{ROOT}", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+    arguments = ("--standalone", "--no-template", "--max-restarts", "1", script(tmp_path, EATS))
+    agent = spawn(["-c", IN_CGROUP, str(memory_cgroup), *arguments], env=env)
+    agent.expect_line("begins 1", START_S)
+    assert agent.wait(START_S) == 0
+    assert "out of memory" in stderr_of(agent)
