@@ -148,7 +148,7 @@ def test_survivors_of_a_killed_replica_group_never_stop(spawn: Spawner, tmp_path
 
 def template_of(agent: Spawned) -> proc.Stat:
     """It is older than what it forked; the workers in waiting have its command line."""
-    found = [stat for stat in proc.descendants(agent.pid) if "launcher.template" in proc.command_line(stat.pid)]
+    found = [stat for stat in proc.descendants(agent.pid) if "template" in proc.command_line(stat.pid)]
     return min(found, key=lambda stat: (stat.started, stat.pid))
 
 
