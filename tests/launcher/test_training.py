@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -204,8 +205,8 @@ def test_the_torchrun_commands_of_the_readme_run_unchanged(spawn: Spawner, tmp_p
             variable, _, rest = command.partition(" torchrun ")
             name, _, value = variable.partition("=")
             arguments = rest.replace("examples/", f"{ROOT}/examples/").replace("20000", "200").split()
-            environment = {name: value, "EVERSTEP_LIGHTHOUSE": lighthouse.address, "NUM_REPLICA_GROUPS": "2"}
-            agents.append(start_agent(spawn, tmp_path, *arguments, **environment))
+            environment: dict[str, Any] = {name: value, "EVERSTEP_LIGHTHOUSE": lighthouse.address}
+            agents.append(start_agent(spawn, tmp_path, *arguments, NUM_REPLICA_GROUPS="2", **environment))
         for agent in agents:
             agent.expect_line("participants 2", START_S)
         for agent in agents:
