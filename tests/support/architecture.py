@@ -120,7 +120,8 @@ PICKLING_CALLS = frozenset(
 PICKLING_ALLOWED: dict[str, str] = {}
 
 WALL_CLOCKS = frozenset({"time.time", "time.time_ns", "datetime.datetime.now", "datetime.datetime.utcnow"})
-WALL_CLOCK_FILES = frozenset({f"src/{PACKAGE}/lighthouse/event_stream.py"})  # stamps events, for people
+# They stamp events and failures, for people.
+WALL_CLOCK_FILES = frozenset({f"src/{PACKAGE}/lighthouse/event_stream.py", f"src/{PACKAGE}/launcher/workers.py"})
 
 VAGUE_NAMES = frozenset(["util", "utils", "common", "base", "helper", "helpers", "misc"])
 MOCK_MODULES = ("unittest.mock", "mock", "pytest_mock")
