@@ -26,6 +26,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 DEADLINE_S = 120.0
+
+
+class Unfinished(Exception):
+    """The workers did not come so far: a launcher that gave up, or the deadline."""
+
+
 SCRIPT = """
 import os, signal, time
 first_at = time.monotonic()
@@ -46,6 +52,7 @@ import everstep as es
 model = torch.nn.Linear(8, 1)
 held = torch.ones(int(float(os.environ["HELD_GB"]) * 2**28)) if os.environ["REPLICA_GROUP_ID"] == "1" else None
 manager = es.Manager()
+manager.start()
 ddp = es.DistributedDataParallel(manager, model)
 optimizer = es.Optimizer(manager, torch.optim.SGD(model.parameters(), 0.01))
 said = open(os.environ["SAY_TO"], "a")
@@ -85,7 +92,7 @@ class Launched:
             if len(rows) >= count:
                 return [(who, int(pid), float(first), float(reduced)) for who, pid, first, reduced in rows[:count]]
             if self.process.poll() is not None or time.monotonic() > deadline:
-                raise SystemExit(f"{count} lines were awaited, {len(rows)} came:\n{self._log.read_text()[-2000:]}")
+                raise Unfinished(f"{count} lines were awaited, {len(rows)} came:\n{self._log.read_text()[-2000:]}")
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self.process.wait(0.01)
 
@@ -128,6 +135,20 @@ def restart(command: list[str]) -> tuple[float, float]:
         os.kill(pid, signal.SIGKILL)
         again = run.lines(4)[2:]
         return 1e3 * (max(row[2] for row in again) - killed_at), 1e3 * (max(row[3] for row in again) - killed_at)
+
+
+def _repeat(command: list[str], times: int) -> tuple[list[tuple[float, float]], int]:
+    """What the runs took, and how many did not come back at all."""
+    pairs: list[tuple[float, float]] = []
+    failed = 0
+    while len(pairs) + failed < times:
+        with contextlib.suppress(Unfinished):
+            pairs.append(restart(command))
+            continue
+        failed += 1
+    if not pairs:
+        raise SystemExit(f"no run of {times} came back: {command}")
+    return pairs, failed
 
 
 def notice(held_gb: float) -> float:
@@ -209,11 +230,14 @@ def main() -> None:
         times = args.times if name == "everstep run" else 0 if args.without_torchrun else args.rival_times
         if not times:
             continue
-        pairs = [restart(command) for _ in range(times)]
+        pairs, failed = _repeat(command, times)
         first, reduced = (_three([pair[i] for pair in pairs]) for i in (0, 1))
-        result[name] = {"first_line_ms": first, "allreduce_ms": reduced}
+        result[name] = {"first_line_ms": first, "allreduce_ms": reduced, "failed": failed}
         if not args.json:
-            print(f"{name:14} kill to first line {_shown(first)}   to first allreduce {_shown(reduced)}")
+            print(
+                f"{name:14} kill to first line {_shown(first)}   to first allreduce {_shown(reduced)}"
+                + (f"   ({failed} of {times} runs failed)" if failed else "")
+            )
     noticed = _three([notice(args.held_gb) for _ in range(args.times)])
     mb = {name: round(value, 1) for name, value in memory().items()}
     result |= {"held_gb": args.held_gb, "notice_ms": noticed, "memory_mb": mb}

@@ -58,6 +58,7 @@ from everstep.link.node import NodeClient
 __all__ = ["run"]
 
 WAIT_S = 3600.0  # for an event; then again
+SPARES_MAX = 8  # forked workers that wait for work: restarting as many at once takes no fork
 
 log = logging.getLogger("everstep.launcher")
 
@@ -98,7 +99,10 @@ def _starter(settings: JobSettings) -> Iterator[Starter]:
         return
     search_path = str(Path(settings.target).resolve().parent) if settings.run_as is RunAs.SCRIPT else os.getcwd()
     template = TemplateSettings(
-        environment=settings.environment, search_path=search_path, preload=(*_preload(settings), *settings.preload)
+        environment=settings.environment,
+        search_path=search_path,
+        preload=(*_preload(settings), *settings.preload),
+        spares=min(SPARES_MAX, settings.nproc_per_node * max(1, len(settings.replica_groups))),
     )
     with TemplateStarter(template, around) as starter:
         yield starter

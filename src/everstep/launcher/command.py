@@ -1,6 +1,5 @@
 """`everstep run` and `everstep config show`: from a command line to an agent, or to a table of what it says."""
 
-import importlib
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from typing import NoReturn
@@ -16,9 +15,9 @@ SWITCHES = {"origin": "Say where each value comes from.", "json": "Print one JSO
 def run(arguments: Sequence[str], environ: Mapping[str, str]) -> int:
     """Start the agent, and be back with its exit code. Raises ConfigError."""
     settings = settings_of(arguments, environ)
-    # By its name: it is heavy, and nothing else here needs it.
-    agent = importlib.import_module("everstep.launcher.agent")
-    return int(agent.run(settings))
+    from everstep.launcher import agent  # heavy, and nothing else here needs it
+
+    return agent.run(settings)
 
 
 def settings_of(arguments: Sequence[str], environ: Mapping[str, str]) -> JobSettings:

@@ -98,10 +98,9 @@ def worker_environment(around: Surrounding, place: Place, local_rank: int) -> di
         "TORCHELASTIC_MAX_RESTARTS": str(settings.max_restarts),
         "TORCHELASTIC_RUN_ID": settings.job_id,
         "TORCHELASTIC_USE_AGENT_STORE": str(shares_store(settings)),
-        "EVERSTEP_LIGHTHOUSE": around.lighthouse,
     }
-    if place.group:
-        environment["REPLICA_GROUP_ID"] = place.group
+    if place.group:  # other worlds train alone, unless the user's environment names a lighthouse
+        environment |= {"EVERSTEP_LIGHTHOUSE": around.lighthouse, "REPLICA_GROUP_ID": place.group}
     devices = _devices(settings, place.group, environment)
     if settings.virtual_local_rank:
         environment["LOCAL_RANK"] = "0"
