@@ -15,6 +15,7 @@ package reads the environment, and nothing writes it.
 | RANK, WORLD_SIZE | this process among the ranks of its group, as torchrun sets them; unset: a group of one |
 | EVERSTEP_GROUP_LEADER | `host:port` where rank 0 of the group listens for the others; unset: torchrun's store says |
 | MASTER_ADDR, MASTER_PORT | where torchrun's agent has its store, if TORCHELASTIC_USE_AGENT_STORE says so |
+| EVERSTEP_MONITOR | set by `everstep run`: where its rank monitor reads this process's heartbeats |
 """
 
 import dataclasses
@@ -250,6 +251,13 @@ def node_environment(environ: Mapping[str, str] | None = None) -> NodeEnvironmen
         tls_ca=env.get("EVERSTEP_TLS_CA"),
         shares_store=env.get("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "0") != "1",  # torch's own switch
     )
+
+
+def monitor_paths(environ: Mapping[str, str] | None = None) -> tuple[str, str] | None:
+    """The page that the agent's rank monitor reads, and where it is woken. None: there is no monitor."""
+    env = os.environ if environ is None else environ
+    page, comma, wake = env.get("EVERSTEP_MONITOR", "").partition(",")
+    return (page, wake) if comma and page and wake else None
 
 
 def job_token(
