@@ -43,7 +43,7 @@ class Row:
     ident: int
     handle: SectionHandle
     enter: Callable[[], None]
-    leave: Callable[[object, object, object], None]
+    leave: Callable[[], bool | None]
     is_open: Callable[[], bool]
     track: Track
 
@@ -52,7 +52,8 @@ class _Here(_local):
     """Of each thread: its sections by name. Ends with the thread."""
 
     sections: dict[str, SectionHandle]
-    rows: dict[str, Row]
+    enters: dict[str, Callable[[], None]]
+    leaves: dict[str, Callable[[], bool | None]]
     thread: int
     state: "_ThreadState"
     alive: "_Thread"
@@ -99,26 +100,29 @@ class Beats:
 
     def start(self, name: str) -> None:
         try:
-            row = self._here.rows[name]
+            enter = self._here.enters[name]
         except (AttributeError, KeyError):
             self._new(name)
-            row = self._here.rows[name]
-        row.enter()
+            enter = self._here.enters[name]
+        enter()
 
     def end(self, name: str) -> None:
         """The one that this thread opened, else that of another thread."""
-        row = getattr(self._here, "rows", {}).get(name)
-        if row is None or not row.is_open():
-            row = self._open_row(name)
+        try:
+            if self._here.leaves[name]() is None:
+                return
+        except (AttributeError, KeyError):
+            pass
+        row = self._open_row(name)
         if row is None:
             raise ConfigError(f"section {name!r} is not open")
-        row.leave(None, None, None)
+        row.leave()
 
     def end_all(self) -> None:
         """Every open section, of every thread."""
         for row in list(self._rows):
             if row is not None and row.is_open():
-                row.leave(None, None, None)
+                row.leave()
 
     def describe(self, name: str, *, waits: bool = False, is_mixed: bool = False) -> None:
         """Before its first use: the section is one of waiting for other ranks; anything may happen in it."""
@@ -206,7 +210,8 @@ class Beats:
             if not hasattr(here, "sections"):
                 self._new_thread()
             row = self._make(name)
-        here.rows[name] = row
+        here.enters[name] = row.enter
+        here.leaves[name] = row.leave
         here.sections[name] = row.handle
         return row.handle
 
@@ -218,7 +223,8 @@ class Beats:
         here.thread = 0 if is_main else self._threads
         here.alive = _Thread(lambda: self._release(ident))
         here.state = _ThreadState(self.outside)
-        here.rows = {}
+        here.enters = {}
+        here.leaves = {}
         here.sections = {}
 
     def _make(self, name: str) -> Row:
@@ -345,11 +351,12 @@ def _make_section(words: Words, place: _Place) -> Any:
         opened = now
         words[at] = now << 1 | 1
 
-    def leave(_kind: object, _error: object, _trace: object) -> None:
+    def leave(_kind: object = None, _error: object = None, _trace: object = None) -> bool | None:
+        """False: it was not open (any more)."""
         nonlocal opened, number, ceiling, due
         now = clock()
         if not opened:
-            return  # end_all_sections() was quicker
+            return False
         words[at] = now << 1
         number += 1
         if now - opened > ceiling or now > due:
@@ -357,6 +364,7 @@ def _make_section(words: Words, place: _Place) -> Any:
         opened = 0
         thread.depth -= 1
         thread.closed_at = now
+        return None
 
     def is_open() -> bool:
         return opened != 0
