@@ -101,7 +101,7 @@ bench-venv: .venv-bench/.installed ## create .venv-bench, with torchft beside Ev
 bench-rival: bench-venv ## the benchmarks that have a rival, beside it in the same run
 	@for bench in steady_state recovery; do echo "== bench/$$bench.py"; .venv-bench/bin/python bench/$$bench.py --with torchft; done
 
-docs: $(STAMP) ## regenerate the tables of docs/protocol.md from the code
+docs: $(STAMP) ## regenerate the tables of docs/ from the code
 	$(PY) docs/generate.py
 
 clean: ## remove caches and build output, keep .venv

@@ -1,4 +1,4 @@
-"""Regenerates the tables of docs/protocol.md from the code: `make docs`, or `python docs/generate.py [--check]`.
+"""Regenerates the tables of documents from the code: `make docs`, or `python docs/generate.py [--check]`.
 
 A table stands between `<!-- generated: NAME -->` and `<!-- end -->`; everything else in the file is written by hand.
 """
@@ -12,13 +12,17 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from everstep import exit_codes
 from everstep.core import messages, moves, node_messages, rendezvous_nodes, replica, roster, round_store, types
 from everstep.core.resolution import resolve
 from everstep.core.transitions import TRANSITIONS, Turn
 from everstep.core.types import Action, LineageEntry, MemberId, Phase, QuorumId, Report, genesis
+from everstep.launcher.option import Option
+from everstep.launcher.options import OUR_OPTIONS
+from everstep.launcher.torchrun_options import TORCHRUN_OPTIONS
 from everstep.link import auth, client, codec, server
 
-PROTOCOL = Path(__file__).parent / "protocol.md"
+DOCS = Path(__file__).parent
 BLOCK = re.compile(r"(<!-- generated: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -26,24 +30,27 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--check", action="store_true", help="change nothing; exit 1 when the file is stale")
     args = parser.parse_args(argv)
-    text = PROTOCOL.read_text(encoding="utf-8")
-    fresh = rendered(text)
-    if args.check:
-        if text != fresh:
-            sys.stderr.write(f"{PROTOCOL.name} is stale: run `make docs`\n")
-        return int(text != fresh)
-    PROTOCOL.write_text(fresh, encoding="utf-8")
-    return 0
+    is_stale = False
+    for name, blocks in DOCUMENTS.items():
+        path = DOCS / name
+        text = path.read_text(encoding="utf-8")
+        fresh = rendered(name, text, blocks)
+        if args.check and text != fresh:
+            sys.stderr.write(f"{name} is stale: run `make docs`\n")
+            is_stale = True
+        elif not args.check:
+            path.write_text(fresh, encoding="utf-8")
+    return int(is_stale)
 
 
-def rendered(text: str) -> str:
+def rendered(name: str, text: str, blocks: dict[str, Callable[[], Iterator[str]]]) -> str:
     """`text` with every generated block made anew. A block that nobody knows, or that is missing, is an error."""
-    seen = [name for _, name, _ in BLOCK.findall(text)]
-    if sorted(seen) != sorted(BLOCKS):
-        raise SystemExit(f"{PROTOCOL.name} has the blocks {sorted(seen)}, expected {sorted(BLOCKS)}")
+    seen = [block for _, block, _ in BLOCK.findall(text)]
+    if sorted(seen) != sorted(blocks):
+        raise SystemExit(f"{name} has the blocks {sorted(seen)}, expected {sorted(blocks)}")
 
     def fill(match: re.Match[str]) -> str:
-        return f"{match[1]}\n" + "\n".join(BLOCKS[match[2]]()) + f"\n\n{match[3]}"
+        return f"{match[1]}\n" + "\n".join(blocks[match[2]]()) + f"\n\n{match[3]}"
 
     return BLOCK.sub(fill, text)
 
@@ -220,6 +227,36 @@ def _limits() -> Iterator[str]:
     yield from _table(("limit", "value", "of what"), rows)
 
 
+# ---- the launcher
+
+
+def _torchrun_options() -> Iterator[str]:
+    rows = [(_flags(o), _default(o), f"{o.fate.value}{': ' if o.note else ''}{o.note}") for o in TORCHRUN_OPTIONS]
+    yield from _table(("option", "default", "under `everstep run`"), rows)
+
+
+def _our_options() -> Iterator[str]:
+    rows = [(_flags(o), f"`{o.variable}`" if o.variable else "", o.help) for o in OUR_OPTIONS]
+    yield from _table(("option", "variable", ""), rows)
+
+
+def _flags(option: Option) -> str:
+    return ", ".join(f"`{flag}`" for flag in option.flags if "_" not in flag)
+
+
+def _default(option: Option) -> str:
+    if option.default is None or option.default is False or option.default in ("", ()):
+        return ""
+    return f"`{option.default}`"
+
+
+def _exit_codes() -> Iterator[str]:
+    kind = exit_codes.ExitCode
+    rows = [(str(value), f"`{name}`", comment) for name, value, comment in _choices(kind)]
+    rows.append(("128+n", "", "signal n ended it: 137 is SIGKILL, 143 SIGTERM, 139 a segmentation fault"))
+    yield from _table(("code", "`ExitCode`", "means"), rows)
+
+
 # ---- reading source, writing Markdown
 
 
@@ -257,7 +294,7 @@ def _table(head: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> Iterator[s
         yield "| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |"
 
 
-BLOCKS: dict[str, Callable[[], Iterator[str]]] = {
+PROTOCOL: dict[str, Callable[[], Iterator[str]]] = {
     "handshake": _handshake,
     "to_lighthouse": _to_lighthouse,
     "to_member": _to_member,
@@ -274,6 +311,11 @@ BLOCKS: dict[str, Callable[[], Iterator[str]]] = {
     "causes": _causes,
     "refusals": _refusals,
     "limits": _limits,
+}
+DOCUMENTS = {
+    "protocol.md": PROTOCOL,
+    "launcher.md": {"torchrun_options": _torchrun_options, "our_options": _our_options},
+    "exit-codes.md": {"exit_codes": _exit_codes},
 }
 
 if __name__ == "__main__":

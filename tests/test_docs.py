@@ -104,7 +104,7 @@ def test_every_public_name_is_in_the_readme() -> None:
 # ---- generated tables
 
 
-def test_the_tables_of_the_protocol_are_what_the_code_says(spawn: Spawner) -> None:
+def test_the_generated_tables_are_what_the_code_says(spawn: Spawner) -> None:
     check = spawn([str(ROOT / "docs/generate.py"), "--check"])
     assert check.wait() == 0, check.output()
 

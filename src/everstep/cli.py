@@ -4,16 +4,16 @@ import enum
 import os
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+import typer.core
 
 from everstep import __version__
 from everstep.config import LIGHTHOUSE_PORT, LighthouseSettings, job_token
 from everstep.errors import ConfigError, LighthouseRefused, LighthouseUnreachable
+from everstep.exit_codes import ExitCode
 from everstep.logs import configure_logging
-
-EXIT_CONFIG = 90  # an argument, a variable or the machine's set-up is wrong; starting again would not help
 
 
 class LogFormatOption(str, enum.Enum):
@@ -39,10 +39,13 @@ def main() -> None:
         app()
     except ConfigError as error:
         typer.echo(f"everstep: {error}", err=True)
-        sys.exit(EXIT_CONFIG)
-    except (LighthouseUnreachable, LighthouseRefused) as error:
+        sys.exit(ExitCode.CONFIGURATION)
+    except LighthouseUnreachable as error:
         typer.echo(f"everstep: {error}", err=True)
-        sys.exit(1)
+        sys.exit(ExitCode.LIGHTHOUSE_UNREACHABLE)
+    except LighthouseRefused as error:
+        typer.echo(f"everstep: {error}", err=True)
+        sys.exit(ExitCode.DO_NOT_RESTART)
 
 
 def _print_version(is_asked: bool) -> None:
@@ -103,6 +106,35 @@ def lighthouse(
         typer.echo(f"everstep lighthouse listening on {ready.address}")
 
     serve(settings, announce)
+
+
+class Verbatim(typer.core.TyperCommand):
+    """Its arguments are not typer's to read: they are torchrun's, and the script's."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        ctx.args = list(args)
+        return list(args)
+
+
+@app.command(cls=Verbatim, add_help_option=False)
+def run(context: typer.Context) -> None:
+    """Start the workers of a job and keep them running; takes every option of torchrun."""
+    from everstep.launcher import command
+
+    configure_logging("text")
+    sys.exit(command.run(context.args, os.environ))
+
+
+config_app = typer.Typer(help="What `everstep run` would be told.", no_args_is_help=True)
+app.add_typer(config_app, name="config")
+
+
+@config_app.command(cls=Verbatim, add_help_option=False)
+def show(context: typer.Context) -> None:
+    """Print every option of a command line of `everstep run`; --origin: and where it was said."""
+    from everstep.launcher import command
+
+    command.show(context.args, os.environ)
 
 
 LighthouseOption = Annotated[str | None, typer.Option(help="host:port; EVERSTEP_LIGHTHOUSE by default.")]

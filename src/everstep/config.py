@@ -229,7 +229,7 @@ class NodeEnvironment:
     slurm_number: int | None = None  # SLURM_PROCID
     slurm_tasks: int | None = None  # SLURM_NTASKS
     group_rank: int | None = None  # GROUP_RANK
-    tls_ca: str | None = None
+    tls_ca: Path | None = None
     shares_store: bool = True
 
     @property
@@ -248,7 +248,7 @@ def node_environment(environ: Mapping[str, str] | None = None) -> NodeEnvironmen
         slurm_number=number("SLURM_PROCID"),
         slurm_tasks=number("SLURM_NTASKS"),
         group_rank=number("GROUP_RANK"),
-        tls_ca=env.get("EVERSTEP_TLS_CA"),
+        tls_ca=_path(None, env, "EVERSTEP_TLS_CA"),
         shares_store=env.get("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "0") != "1",  # torch's own switch
     )
 

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from everstep import __version__
-from everstep.cli import EXIT_CONFIG
 from everstep.core.messages import Refused, Switch
 from everstep.core.types import RefusalCode
+from everstep.exit_codes import ExitCode
 from tests.link.parties import TOKEN, Member, Party
 from tests.support import proc
 from tests.support.processes import Spawner
@@ -57,7 +57,7 @@ def test_a_taken_port_is_one_line_and_exit_90(spawn: Spawner) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         process = spawn(["-m", "everstep.cli", "lighthouse", "--port", str(port)], env=CLEAN)
-        assert process.wait() == EXIT_CONFIG == 90
+        assert process.wait() == ExitCode.CONFIGURATION == 90
     lines = process.stderr_path.read_text().splitlines()
     assert len(lines) == 1
     assert lines[0].startswith(f"everstep: port {port} of 127.0.0.1 is in use")
@@ -74,7 +74,7 @@ def test_a_taken_port_is_one_line_and_exit_90(spawn: Spawner) -> None:
 )
 def test_a_wrong_setting_is_one_line_and_exit_90(spawn: Spawner, arguments: list[str], wrong: str) -> None:
     process = spawn(["-m", "everstep.cli", "lighthouse", "--port", "0", *arguments], env=CLEAN)
-    assert process.wait() == EXIT_CONFIG
+    assert process.wait() == ExitCode.CONFIGURATION
     lines = process.stderr_path.read_text().splitlines()
     assert len(lines) == 1
     assert wrong in lines[0]
@@ -128,7 +128,7 @@ def test_events_and_drain_show_and_ask_what_a_job_does(spawn: Spawner) -> None:
             reader.kill(signal.SIGINT)
             assert reader.wait() == 0
             unknown = spawn(["-m", "everstep.cli", "drain", "c", *where], env=CLEAN)
-            assert unknown.wait() == EXIT_CONFIG
+            assert unknown.wait() == ExitCode.CONFIGURATION
             assert "no group 'c' in the quorum of job 'job'; its groups: a, b" in unknown.stderr_path.read_text()
     server.kill(signal.SIGTERM)
     assert server.wait() == 0
@@ -141,7 +141,7 @@ def test_new_history_ends_the_groups_that_hold_state_and_those_started_next_begi
     address = server.expect_line("listening on").rpartition(" ")[2]
     where = ["--lighthouse", address, "--job", "job"]
     unknown = spawn(["-m", "everstep.cli", "new-history", *where], env=CLEAN)
-    assert unknown.wait() == EXIT_CONFIG
+    assert unknown.wait() == ExitCode.CONFIGURATION
     assert "no job 'job' here" in unknown.stderr_path.read_text()
     with Member(f"http://{address}", "a") as a:
         first = a.events.expect("message", lambda seen: isinstance(seen.value, Switch)).value.founding

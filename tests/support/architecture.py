@@ -13,27 +13,29 @@ from tests.support.source_tree import PACKAGE, Source
 FILE_LINES_MAX = 400
 FUNCTION_LINES_MAX = 70
 
-SHELLS_ALL = frozenset({"errors", "fork_guard", "torch_version"})
+SHELLS_ALL = frozenset({"errors", "exit_codes", "fork_guard", "torch_version"})
 # Which folders (and modules at the top) of the package may import which. None: anything.
 MAY_IMPORT: dict[str, frozenset[str] | None] = {
     "core": frozenset({"core"}),
     "sim": frozenset({"sim", "core"}),
     "errors": frozenset({"core"}),
+    "exit_codes": frozenset(),
     "fork_guard": frozenset(),
     "torch_version": frozenset({"errors"}),
     "config": frozenset({"core", "errors"}),
     "logs": frozenset({"core", "errors"}),
+    "rendezvous_conf": frozenset({"core", "errors", "config"}),
     "status": frozenset({"core"}),
     "subscribe": SHELLS_ALL | {"link", "core", "config"},
     "link": SHELLS_ALL | {"link", "core"},
     "lighthouse": SHELLS_ALL | {"lighthouse", "link", "core", "config"},
-    "launcher": SHELLS_ALL | {"launcher", "lighthouse", "monitor", "link", "core", "config"},
+    "launcher": SHELLS_ALL | {"launcher", "lighthouse", "monitor", "link", "core", "config", "rendezvous_conf"},
     "monitor": SHELLS_ALL | {"monitor", "core", "config"},
     "collectives": SHELLS_ALL | {"collectives", "core"},
     "recovery": SHELLS_ALL | {"recovery", "core"},
     "train": SHELLS_ALL | {"train", "collectives", "recovery", "monitor", "link", "core", "config", "logs"},
     "demo": None,
-    "integrations": SHELLS_ALL | {"integrations", "train", "monitor", "link", "core", "config"},
+    "integrations": SHELLS_ALL | {"integrations", "train", "monitor", "link", "core", "config", "rendezvous_conf"},
     "cli": None,
     "__init__": None,
     "__main__": None,
@@ -92,7 +94,7 @@ SIM_BANNED = frozenset(
 )
 SIM_COMMAND_LINE = f"src/{PACKAGE}/sim/__main__.py"
 
-DEPENDENCIES = frozenset({"torch", "aiohttp", "msgspec", "xxhash", "typer", "rich", "uvloop"})
+DEPENDENCIES = frozenset({"torch", "aiohttp", "msgspec", "xxhash", "typer", "rich", "yaml", "tomli", "uvloop"})
 # What a user who needs it has anyway; imported only where it is met.
 DEPENDENCIES_OF = {
     "integrations": frozenset({"lightning", "pytorch_lightning"}),

@@ -8,7 +8,7 @@ import pytest
 
 from everstep.core.events import EventKind
 from everstep.core.messages import Cause
-from everstep.train.presence import EXIT_STUCK
+from everstep.exit_codes import ExitCode
 from tests.train.job import Job, Running, assert_nothing_lost, assert_same_bits
 
 
@@ -87,7 +87,7 @@ def test_a_hung_training_thread_is_found_shown_and_ended() -> None:
         took_s = time.monotonic() - hung_at
         job.until_gone(victim)
         victim.process.join(10)
-        assert victim.process.exitcode == EXIT_STUCK
+        assert victim.process.exitcode == ExitCode.STUCK
         assert 1.0 <= took_s < 2.5, took_s
         job.stop(survivors)
         assert_nothing_lost(survivors)

@@ -4,7 +4,7 @@ import os
 import subprocess
 import sys
 
-from everstep.train.presence import EXIT_STUCK
+from everstep.exit_codes import ExitCode
 
 LIMIT_S = 60.0
 
@@ -36,4 +36,4 @@ def test_a_stuck_process_ends_though_nobody_reads_its_stderr() -> None:
     finally:
         os.close(reading)
         os.close(writing)
-    assert ended.returncode == EXIT_STUCK
+    assert ended.returncode == ExitCode.STUCK

@@ -45,6 +45,7 @@ from everstep.core.moves import (
 from everstep.core.replica import Replica
 from everstep.core.types import QuorumId
 from everstep.errors import ConfigError, EverstepError, LighthouseRefused, LighthouseUnreachable
+from everstep.exit_codes import ExitCode
 from everstep.link.auth import Credentials
 from everstep.link.client import LinkClient
 from everstep.link.dial import LinkTarget
@@ -53,7 +54,6 @@ from everstep.link.path_watch import LongWait, PathWatch
 from everstep.logs import JobLog
 from everstep.recovery import Fetch, RecoveryServer, ServerOptions, TransferAuth
 
-EXIT_STUCK = 91
 EXIT_STUCK_S = 3.0  # it may stand still because nobody reads its stderr
 
 
@@ -317,13 +317,13 @@ class Presence:
 
 def _exit_stuck(reason: str) -> None:
     """On the link's thread. The training thread stands still: it cannot be told, only shown, and ended."""
-    ending = threading.Timer(EXIT_STUCK_S, os._exit, (EXIT_STUCK,))
+    ending = threading.Timer(EXIT_STUCK_S, os._exit, (ExitCode.STUCK,))
     ending.daemon = True
     ending.start()
     sys.stderr.write(f"everstep: this process ends, because {reason}; its threads are here:\n")
     sys.stderr.flush()
     faulthandler.dump_traceback(sys.__stderr__ or 2, all_threads=True)
-    os._exit(EXIT_STUCK)
+    os._exit(ExitCode.STUCK)
 
 
 def new_nonce() -> str:
