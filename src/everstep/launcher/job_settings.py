@@ -11,6 +11,7 @@ from everstep.core.policies import RestartPolicyName
 from everstep.core.ranks import RankPolicy
 from everstep.errors import ConfigError
 from everstep.launcher.groups import Place, group_ids, groups_in_total, split_devices, workers_per_node
+from everstep.launcher.hang_settings import max_no_progress_cycles, monitor_settings
 from everstep.launcher.machine import Machine
 from everstep.launcher.meeting import C10D_KEYS, OTHER_TORCH_KEYS, Meeting, number_of_node, where_to_meet
 from everstep.launcher.option import Fate
@@ -100,6 +101,8 @@ def job_settings(values: Values, machine: Machine) -> JobSettings:
         log_line_prefix=machine.environ.get("TORCHELASTIC_LOG_LINE_PREFIX_TEMPLATE"),
         shutdown_timeout_s=_shutdown_timeout(values, machine.environ),
         signals_to_handle=_signals(values),
+        monitor=monitor_settings(values),
+        max_no_progress_cycles=max_no_progress_cycles(values),
     )
 
 

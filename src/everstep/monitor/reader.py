@@ -5,6 +5,7 @@ One thread for all ranks. It sleeps until the earliest deadline of core/hang.py,
 
 import contextlib
 import dataclasses
+import logging
 import os
 import select
 import signal
@@ -48,6 +49,7 @@ class MonitorSettings:
     hang: HangPolicy = dataclasses.field(default_factory=HangPolicy)
     termination_signal: int = signal.SIGKILL
     kill_after_s: float = 10.0
+    log_level: int = logging.INFO
 
 
 @dataclasses.dataclass
