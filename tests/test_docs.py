@@ -180,6 +180,7 @@ def test_every_shell_command_is_one_that_this_file_knows() -> None:
         r"pip install \.(\[uvloop\])?",  # the wheel is built by test_packaging
         r"everstep demo( --json)?",  # tests of the demo
         r"everstep lighthouse( --[\w-]+ \S+)*",  # the flags: below
+        r"everstep run .*train\.py( --lr \S+)?",  # launcher/test_launcher_documents
         r"export( [A-Z_]+=\S+)+",  # test_examples, and the next
         r"REPLICA_GROUP_ID=\d (python|torchrun --standalone --nproc-per-node 1) examples/train_ddp\.py --steps \d+",
         r"everstep (status|admit \S+)( --lighthouse \S+)?",  # lighthouse/test_command

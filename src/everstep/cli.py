@@ -4,7 +4,7 @@ import enum
 import os
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 import typer.core
@@ -36,6 +36,8 @@ app = typer.Typer(
 def main() -> None:
     """Entry point: a ConfigError is one line for the operator, not a traceback."""
     try:
+        if sys.argv[1:2] == ["run"]:
+            _run(sys.argv[2:])  # typer would take a tenth of a second to find out that nothing of it is its own
         app()
     except ConfigError as error:
         typer.echo(f"everstep: {error}", err=True)
@@ -119,10 +121,14 @@ class Verbatim(typer.core.TyperCommand):
 @app.command(cls=Verbatim, add_help_option=False)
 def run(context: typer.Context) -> None:
     """Start the workers of a job and keep them running; takes every option of torchrun."""
+    _run(context.args)
+
+
+def _run(arguments: list[str]) -> NoReturn:
     from everstep.launcher import command
 
     configure_logging("text")
-    sys.exit(command.run(context.args, os.environ))
+    sys.exit(command.run(arguments, os.environ))
 
 
 config_app = typer.Typer(help="What `everstep run` would be told.", no_args_is_help=True)

@@ -135,6 +135,15 @@ def test_a_lighthouse_that_is_open_to_the_network_needs_a_token() -> None:
     assert "a token" not in repr(settings(line, TOKEN))
 
 
+def test_workers_inherit_the_environment_and_where_the_token_is(tmp_path: Path) -> None:
+    token = tmp_path / "token"
+    token.touch(mode=0o600)
+    token.write_text("a token of a job")
+    found = settings(f"--lighthouse there --token-file {token} --rdzv-conf tls_ca=/ca.pem x.py", {"A": "b"})
+    assert found.environment == {"A": "b", "EVERSTEP_TOKEN_FILE": str(token), "EVERSTEP_TLS_CA": "/ca.pem"}
+    assert (found.token, found.tls_ca) == (b"a token of a job", Path("/ca.pem"))
+
+
 def test_the_job_is_the_rdzv_id_else_the_variable_else_default() -> None:
     line = "--nnodes 2 --lighthouse there {} x.py"
     assert settings(line.format("--rdzv-id a"), {"EVERSTEP_JOB_ID": "b"}).job_id == "a"

@@ -133,7 +133,7 @@ def test_each_job_of_the_set_is_a_replica_group(manifests: dict[str, dict[str, A
 
 @pytest.mark.parametrize("path", TYPED_IN, ids=lambda path: path.name)
 def test_the_command_lines_of_a_document_are_understood(path: Path) -> None:
-    blocks = re.findall(r"^```sh\n(.*?)^```", path.read_text(), flags=re.DOTALL | re.MULTILINE)
+    blocks = re.findall(r"^```(?:ba)?sh\n(.*?)^```", path.read_text(), flags=re.DOTALL | re.MULTILINE)
     for words in [words for block in blocks for words in commands(block, "run")]:
         assert typed(words, {}, devices=8).target.endswith(".py")
 

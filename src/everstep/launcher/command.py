@@ -24,12 +24,13 @@ def run(arguments: Sequence[str], environ: Mapping[str, str]) -> int:
 
 def settings_of(arguments: Sequence[str], environ: Mapping[str, str], *, says: bool = False) -> JobSettings:
     """`says`: log what was said and has no effect."""
+    command_line = parse(arguments, RUN)  # first: --help needs nothing else
     from everstep.launcher.hang_settings import say_without_effect
     from everstep.launcher.job_settings import job_settings
     from everstep.launcher.machine import this_machine
     from everstep.launcher.values import find_values
 
-    values = find_values(parse(arguments, RUN), environ)
+    values = find_values(command_line, environ)
     if values.script.value is None:
         _usage_error(RUN, f"the following arguments are required: {SCRIPT}")
     if says:

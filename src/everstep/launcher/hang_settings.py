@@ -12,7 +12,7 @@ from everstep.errors import ConfigError
 from everstep.launcher.hang_options import BY_KEY, FT_KEYS, Form, FtKey
 from everstep.launcher.option import Fate
 from everstep.launcher.values import Values
-from everstep.monitor.reader import MonitorSettings
+from everstep.monitor.settings import MonitorSettings
 
 NO_LIMIT = ("null", "none", "")
 LEVELS = {"dbg": "DEBUG", "warn": "WARNING", "fatal": "CRITICAL"}

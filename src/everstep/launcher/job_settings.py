@@ -60,7 +60,7 @@ def job_settings(values: Values, machine: Machine) -> JobSettings:
         target=target,
         args=values.script_args.value if isinstance(values.script_args.value, tuple) else (),
         python=python,
-        environment=dict(machine.environ),
+        environment=_inherited(values, conf, machine.environ),
         use_template=not values.flag("no_template") and run_as is not RunAs.COMMAND and python == machine.python,
         preload=_modules(values),
         min_nodes=min_nodes,
@@ -176,6 +176,15 @@ def _token(values: Values, conf: RendezvousConf, meeting: Meeting, environ: Mapp
             "every node: (umask 077; head -c 32 /dev/urandom | base64 > token)"
         )
     return token
+
+
+def _inherited(values: Values, conf: RendezvousConf, environ: Mapping[str, str]) -> dict[str, str]:
+    """Workers find the token and the authorities where the agent was told of them, by an option too."""
+    said = {
+        "EVERSTEP_TOKEN_FILE": conf.token_file or values.optional_text("token_file"),
+        "EVERSTEP_TLS_CA": str(conf.tls_ca) if conf.tls_ca else values.optional_text("tls_ca"),
+    }
+    return dict(environ) | {name: value for name, value in said.items() if value}
 
 
 def _ranks(

@@ -11,7 +11,7 @@ from pathlib import Path
 from everstep.core.policies import RestartPolicyName
 from everstep.core.ranks import RankPolicy
 from everstep.launcher.starting import RunAs
-from everstep.monitor.reader import MonitorSettings
+from everstep.monitor.settings import MonitorSettings
 
 __all__ = ["JobSettings", "RankPolicy", "RestartPolicyName", "RunAs", "Streams"]
 
@@ -33,7 +33,9 @@ class JobSettings:
     target: str
     args: tuple[str, ...] = ()
     python: str  # the interpreter of plain workers: PYTHON_EXEC, as under torchrun, else this one; run with -u
-    environment: Mapping[str, str] = dataclasses.field(repr=False)  # the agent's own: what workers inherit
+    environment: Mapping[str, str] = dataclasses.field(
+        repr=False
+    )  # of the agent, and a token file's name: workers inherit it
     use_template: bool = True  # False too where `python` is another interpreter, or `run_as` is COMMAND
     preload: tuple[str, ...] = ()  # modules that the template imports after torch
 

@@ -5,10 +5,8 @@ One thread for all ranks. It sleeps until the earliest deadline of core/hang.py,
 
 import contextlib
 import dataclasses
-import logging
 import os
 import select
-import signal
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -16,15 +14,18 @@ from types import TracebackType
 from typing import Protocol
 
 from everstep.core import hang
-from everstep.core.hang import HangJudge, HangPolicy, View
+from everstep.core.hang import HangJudge, View
 from everstep.core.limits import Observed
 from everstep.monitor import page
 from everstep.monitor.ending import Ending
 from everstep.monitor.events import MonitorFailed, RankCleared, RankEvent, RankSuspected, RankUnlimited
 from everstep.monitor.letters import Letters
 from everstep.monitor.processes import process
+from everstep.monitor.settings import MonitorSettings
 from everstep.monitor.stacks import StackSource
 from everstep.monitor.view import PageReader
+
+__all__ = ["Monitor", "MonitorSettings", "Watched"]
 
 VARIABLE = "EVERSTEP_MONITOR"
 JOIN_S = 5.0
@@ -40,16 +41,6 @@ class Watched(Protocol):
     def started_at(self) -> float: ...
 
     def signal_group(self, number: int) -> None: ...
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class MonitorSettings:
-    """`termination_signal` goes to a hung rank's process group; SIGKILL follows after `kill_after_s`."""
-
-    hang: HangPolicy = dataclasses.field(default_factory=HangPolicy)
-    termination_signal: int = signal.SIGKILL
-    kill_after_s: float = 10.0
-    log_level: int = logging.INFO
 
 
 @dataclasses.dataclass
