@@ -9,7 +9,8 @@ what was seen, judges it, and sets the next deadline:
 So a rank may open 100,000 sections a second, and costs one look per shortest limit. The rules:
 
  R1 From the spawn to the first sign (a beat, a section) the initial limit runs: imports, joining, loading.
- R2 Heartbeats, sections and time outside of sections are independent. Each runs once the rank has used it.
+ R2 Heartbeats, sections and time outside of sections are independent. Each runs once the rank has used it. A learned
+    limit of heartbeats stands still in a section, which may be a first long validation, and begins anew after it.
  R3 Every open section of every thread counts, nested or not. Outside is where the training thread is in none.
  R4 A process stopped (T), or uninterruptible (D) without using CPU time, runs against limits of their own.
  R5 A rank that waits for others is not the one that hangs while another one of the node holds it up. Held up: the
@@ -240,8 +241,10 @@ class HangJudge:
             return clocks
         if not view.has_given_sign:
             add(Mechanism.INITIAL, one.spawned_at, policy.initial_s)
-        if view.heartbeat_at is not None:
-            add(Mechanism.HEARTBEAT, view.heartbeat_at, self.limits.limit(HEARTBEAT))
+        if view.heartbeat_at is not None and not (view.sections and self.limits.is_learned(HEARTBEAT)):
+            is_learned = self.limits.is_learned(HEARTBEAT)
+            since = max(view.heartbeat_at, view.outside_since or 0.0) if is_learned else view.heartbeat_at
+            add(Mechanism.HEARTBEAT, since, self.limits.limit(HEARTBEAT))
         for section in view.sections:
             limit_s = self.limits.limit(section.name, section.is_mixed)
             add(Mechanism.SECTION, section.since, limit_s, section.name, section.thread)

@@ -60,8 +60,12 @@ class Limits:
         floor = self._policy.mixed_floor_s if is_mixed else self._policy.floor_s
         return max(floor, self._policy.safety_factor * longest)
 
+    def is_learned(self, key: str) -> bool:
+        """Or would be: nobody gave or calculated it."""
+        return key not in self._set and key not in self._policy.given
+
     def is_unlimited_on_purpose(self, key: str) -> bool:
-        return self.limit(key) is None and (key in self._set or key in self._policy.given)
+        return self.limit(key) is None and not self.is_learned(key)
 
     def shortest(self) -> float | None:
         """The least that may be limited next, whatever begins."""

@@ -12,7 +12,7 @@ import dataclasses
 import os
 import threading
 from _thread import _local, get_ident
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from time import monotonic_ns as clock
 from types import TracebackType
 from typing import Any, Protocol
@@ -127,6 +127,12 @@ class Beats:
     def describe(self, name: str, *, waits: bool = False, is_mixed: bool = False) -> None:
         """Before its first use: the section is one of waiting for other ranks; anything may happen in it."""
         self._flags[name] = (page.FLAG_WAITS if waits else 0) | (page.FLAG_MIXED if is_mixed else 0)
+
+    def put_away(self, names: Collection[str]) -> None:
+        """As if these sections had never been used, until they are used again: the time outside runs without them."""
+        for number, row in enumerate(list(self._rows)):
+            if row is not None and row.name in names and not row.is_open():
+                self._words[ROWS + number * ROW_WORDS + page.R_SECTION] = 0
 
     def open_sections(self) -> list[str]:
         return [row.name for row in list(self._rows) if row is not None and row.is_open()]
