@@ -13,7 +13,18 @@ from pathlib import Path
 from typing import Any
 
 from everstep import exit_codes
-from everstep.core import messages, moves, node_messages, rendezvous_nodes, replica, roster, round_store, types
+from everstep.core import (
+    messages,
+    moves,
+    node_messages,
+    rendezvous_nodes,
+    replica,
+    roster,
+    round_store,
+    types,
+    worker_book,
+)
+from everstep.core import node as nodes
 from everstep.core.resolution import resolve
 from everstep.core.transitions import TRANSITIONS, Turn
 from everstep.core.types import Action, LineageEntry, MemberId, Phase, QuorumId, Report, genesis
@@ -218,6 +229,9 @@ def _limits() -> Iterator[str]:
         (replica, "FAILED_AGAIN_S", "until a failure that nobody reacted to is reported again"),
         (roster, "LISTS_KNOWN_MAX", "member lists that the lighthouse counts on a member to keep"),
         (rendezvous_nodes, "NODES_MAX", "nodes of one rendezvous"),
+        (worker_book, "WORKERS_MAX", "workers of one agent"),
+        (nodes, "ENDED_KEPT_MAX", "workers whose end a node says again on a new link"),
+        (worker_book, "KEPT_MAX", "workers of a job that have ended, or are to end, that the lighthouse knows"),
         (round_store, "KEYS_MAX", "keys of a round's store"),
         (round_store, "VALUE_BYTES_MAX", "bytes of one value there"),
         (round_store, "STORE_BYTES_MAX", "bytes of all of them"),

@@ -1,6 +1,7 @@
 """The seeds of `make soak`, at the lowest priority.
 
-Replica groups of one rank, the nodes of a rendezvous, and a part as many groups of several ranks, which cost more.
+Replica groups of one rank, the nodes of a rendezvous, a part as many groups with agents, and a smaller part of groups
+of several ranks, which cost more.
 """
 
 import os
@@ -10,16 +11,20 @@ from everstep.sim.__main__ import main
 
 LOWEST_PRIORITY = 19
 RANKED_PART = 30
+AGENTS_PART = 10
 
 
 def run(seeds: str, jobs: str) -> int:
     os.nice(LOWEST_PRIORITY)
     first, last = map(int, seeds.split(":"))
     fewer = f"{first}:{first + (last - first) // RANKED_PART}"
+    with_agents = f"{first}:{first + (last - first) // AGENTS_PART}"
     kinds = (
         ["--seeds", seeds, "--groups", "3:9"],
         ["--seeds", seeds, "--rendezvous"],
+        ["--seeds", with_agents, "--agents"],
         ["--seeds", fewer, "--groups", "2:5", "--ranks", "2:3", "--steps", "8"],
+        ["--seeds", fewer, "--groups", "2:5", "--ranks", "2:3", "--steps", "8", "--agents"],
     )
     return max(main([*kind, "--jobs", jobs]) for kind in kinds)
 

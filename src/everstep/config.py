@@ -14,6 +14,7 @@ package reads the environment, and nothing writes it.
 | EVERSTEP_PROACTIVE_RECOVERY | 0: a notice of a failure interrupts nothing; collectives must fail by themselves |
 | RANK, WORLD_SIZE | this process among the ranks of its group, as torchrun sets them; unset: a group of one |
 | EVERSTEP_GROUP_LEADER | `host:port` where rank 0 of the group listens for the others; unset: torchrun's store says |
+| EVERSTEP_WORKER | the agent's name for this start of this process; unset: no agent started it |
 | MASTER_ADDR, MASTER_PORT | where torchrun's agent has its store, if TORCHELASTIC_USE_AGENT_STORE says so |
 | EVERSTEP_MONITOR | set by `everstep run`: where its rank monitor reads this process's heartbeats |
 """
@@ -35,6 +36,7 @@ TOKEN_BYTES_MIN = 8
 TOKEN_BYTES_MAX = 4096
 REPLICA_GROUPS_MAX = 100_000
 GROUP_RANKS_MAX = 10_000
+WORKER_CHARS_MAX = 128
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -74,6 +76,7 @@ class ManagerSettings:
     backend: str = "gloo"
     nccl_environment: Mapping[str, str] = dataclasses.field(default_factory=dict, repr=False)  # TORCH_NCCL_*
     group: GroupSettings = dataclasses.field(default_factory=GroupSettings)
+    worker: str = ""  # the token that its agent gave this process; "": no agent
 
     def __post_init__(self) -> None:
         if self.backend not in ("gloo", "nccl"):
@@ -84,6 +87,8 @@ class ManagerSettings:
         check_token("token", self.token)
         _check_name("replica_group_id (REPLICA_GROUP_ID)", self.replica_group_id, REPLICA_ID_CHARS_MAX)
         check_count("replica_groups (NUM_REPLICA_GROUPS)", self.replica_groups, 0, REPLICA_GROUPS_MAX)
+        if self.worker:
+            _check_name("EVERSTEP_WORKER", self.worker, WORKER_CHARS_MAX)
         check_count("min_replicas", self.min_replicas, 1, REPLICA_GROUPS_MAX)
         check_duration("connect_timeout_s", self.connect_timeout_s)
         if 0 < self.replica_groups < self.min_replicas:
@@ -199,6 +204,7 @@ def manager_settings(
             proactive_recovery if proactive_recovery is not None else _flag_in(env, "EVERSTEP_PROACTIVE_RECOVERY", True)
         ),
         group=_group_settings(group_rank, group_size, env),
+        worker=env.get("EVERSTEP_WORKER", ""),
     )
 
 

@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, wait
 from typing import Any
 
 import torch
@@ -81,6 +81,17 @@ class Member:
             self._answers[number] = answer
         return self._answers.pop(order)
 
+    def has_answered(self, order: int) -> bool:
+        while order not in self._answers and self._pipe.poll(0.0):
+            number, answer = self._pipe.recv()
+            self._answers[number] = answer
+        return order in self._answers
+
+    @property
+    def pipe(self) -> Connection:
+        """To wait for several members at once."""
+        return self._pipe
+
     def do(self, order: str, *args: Any, timeout_s: float = DEADLINE_S) -> Any:
         """Give an order, await its end, and return its value; fails when it raised there."""
         outcome = self.outcome(self.begin(order, *args), timeout_s)
@@ -122,6 +133,17 @@ def configure(group: list[Member], seq: int, store: str) -> list[Outcome]:
     return outcomes
 
 
+def outcomes_in_any_order(group: list[Member], orders: list[int], timeout_s: float) -> list[Outcome]:
+    """As many as are asked for, or AssertionError with those that came: who waits may wait for one that has failed."""
+    deadline = time.monotonic() + timeout_s
+    asked = list(zip(group, orders, strict=True))
+    while silent := [member for member, order in asked if not member.has_answered(order)]:
+        if not wait([member.pipe for member in silent], max(0.0, deadline - time.monotonic())):
+            came = [member.outcome(order) for member, order in asked if member not in silent]
+            raise AssertionError(f"members {[member.pid for member in silent]} do not answer; the others: {came}")
+    return [member.outcome(order) for member, order in asked]
+
+
 # ---- in the member process
 
 
@@ -134,6 +156,8 @@ class _State:
 
 def _serve(pipe: Connection) -> None:
     faulthandler.register(signal.SIGUSR1)  # shows where a member is that does not answer
+    # OpenMP's threads spin for milliseconds after each loop: more than half of all CPU time of a storm.
+    torch.set_num_threads(1)
     state = _State()
     orders: queue.SimpleQueue[tuple[int, str, tuple[Any, ...]]] = queue.SimpleQueue()
     sending = threading.Lock()

@@ -10,7 +10,7 @@ import time
 from contextlib import ExitStack, suppress
 
 from everstep.collectives.store import host_store
-from tests.collectives.members import Member, Outcome
+from tests.collectives.members import Member, Outcome, outcomes_in_any_order
 
 MEMBERS = 4
 THREADS = 2  # as many as a job's group has
@@ -57,7 +57,7 @@ def storm(seconds: float, seed: int) -> list[float]:
 def _outcomes(group: list[Member], orders: list[int]) -> list[Outcome]:
     """When one does not answer, every member shows on stderr what its threads do."""
     try:
-        return [m.outcome(order, ANSWER_TIMEOUT_S) for m, order in zip(group, orders, strict=True)]
+        return outcomes_in_any_order(group, orders, ANSWER_TIMEOUT_S)
     except AssertionError:
         for member in group:
             member.signal(signal.SIGUSR1)

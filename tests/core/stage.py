@@ -122,6 +122,7 @@ class Stage:
                 store=name,
                 expected_replicas=self._expected,
                 freezes_on_notice=freezes_on_notice,
+                workers=self._workers_of(f"{name}/{self._starts}"),
             )
             self.actors[name] = Actor(name, Replica(config))
             self._tell(self.actors[name], ReadyToJoin())
@@ -284,6 +285,9 @@ class Stage:
             self._write(f"{actor.name} {replica.member}: {where} {' '.join(flags)}; {type(move).__name__}{why}")
 
     # ---- plumbing
+
+    def _workers_of(self, process: str) -> tuple[str, ...]:
+        return ()
 
     def _claim_of(self, quorum: Quorum, member: MemberId) -> Claim:
         for actor in self.actors.values():

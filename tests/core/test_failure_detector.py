@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from everstep.core.failure_detector import LATENESS_MIN_S, DetectorPolicy, FailureDetector
+from everstep.core.failure_detector import LATENESS_MIN_S, DetectorPolicy, FailureDetector, Suspicion
 from everstep.core.messages import Cause
 from everstep.core.types import MemberId
 
@@ -15,7 +15,7 @@ def detector() -> FailureDetector:
 
 
 def suspected(watch: FailureDetector, now: float) -> list[tuple[MemberId, Cause]]:
-    return [(suspicion.member, suspicion.cause) for suspicion in watch.expire(now)]
+    return [(found.member, found.cause) for found in watch.expire(now) if isinstance(found, Suspicion)]
 
 
 def test_silence_is_suspected_once_at_its_deadline() -> None:

@@ -11,6 +11,7 @@ import pytest
 
 from everstep.core.lighthouse import Event, LinkMessage
 from everstep.core.messages import Close, Drain, Effect, Goodbye, JournalRecord, Log, Persist, Send, ToMember, Waiting
+from everstep.core.node_messages import ToNode
 from everstep.lighthouse.job import Job
 from everstep.lighthouse.journal import Journal
 from tests.support.waiting import wait_until_async
@@ -54,7 +55,7 @@ class Outbox:
         self.sent_over: list[int] = []  # the newest durable epoch when it was sent
         self._journal = journal
 
-    def send(self, message: ToMember, links: object) -> None:
+    def send(self, message: ToMember | ToNode, links: object) -> None:
         assert isinstance(message, Waiting)
         self.sent.append(message.reason)
         self.sent_over.append(self._journal.durable if self._journal else 0)

@@ -3,6 +3,7 @@
 import msgspec
 
 from everstep.core.admission import Admission
+from everstep.core.agents import AgentDesk
 from everstep.core.broken_paths import BrokenPaths, LeftOut
 from everstep.core.follower import Follower
 from everstep.core.founding import FoundingDesk
@@ -154,7 +155,8 @@ class SabotagedLighthouse(LighthouseMachine):
         self._changes = self.changes_type(self._state, self._roster, self._joiners, self._progress)
         self._founding = self.founding_type(self._state, self._roster, self._joiners)
         parts = (self._state, self._roster, self._joiners, self._detector, self._changes)
-        self._admission = self.admission_type(*parts, self._crashes)
+        self._admission = self.admission_type(*parts, self._crashes, self._workers)
+        self._agents = AgentDesk(*parts, self._admission, self._workers, self._judge_progress)
 
 
 class KeepsNoJournal(LighthouseMachine):

@@ -47,6 +47,7 @@ class Running:
     records: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     steps: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     logs: list[str] = dataclasses.field(default_factory=list)
+    logged_at: list[float] = dataclasses.field(default_factory=list)  # each of the logs, on everybody's monotonic clock
     is_holding: bool = False
     is_done: bool = False
     has_ended: bool = False
@@ -153,6 +154,7 @@ class Job:
                 running.steps.append(report)
             case "log":
                 running.logs.append(report["text"])
+                running.logged_at.append(report["at"])
             case "holding":
                 running.is_holding = True
             case "error":

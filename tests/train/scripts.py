@@ -10,6 +10,7 @@ import logging
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -67,6 +68,8 @@ class Plan:
     number: int = 0  # of this start, over the whole job
     history: str = ""  # file that gets everything that is reported
     pace_s: float = 0.0  # that a forward pass takes at least
+    agent_token: str = ""  # EVERSTEP_WORKER
+    ballast_bytes: int = 0  # of memory that the process holds, in pages of its own
     is_rich: bool = False  # train what takes every path of the reductions
 
     @property
@@ -186,7 +189,7 @@ class Reports(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         text = record.getMessage()  # the link's lines have no such beginning
-        self._report({"event": "log", "text": text.partition("] ")[2] or text})
+        self._report({"event": "log", "text": text.partition("] ")[2] or text, "at": time.monotonic()})
 
 
 class Worker:
@@ -235,6 +238,8 @@ class Worker:
     def run(self) -> None:
         torch.set_num_threads(1)
         os.environ["EVERSTEP_GROUP_LEADER"] = self.plan.leader
+        os.environ["EVERSTEP_WORKER"] = self.plan.agent_token
+        self.ballast = torch.ones(self.plan.ballast_bytes, dtype=torch.uint8)
         logging.getLogger("everstep").addHandler(Reports(self.report))
         logging.getLogger("everstep").setLevel(logging.INFO)
         net = make_net(self.plan.width, self.plan.is_rich, self.plan.net_seed)

@@ -8,7 +8,6 @@ through the store. So the group's sockets are known exactly, whatever else the p
 import contextlib
 import json
 import logging
-import os
 import re
 import socket
 import struct
@@ -19,7 +18,9 @@ import torch
 from torch import Tensor
 
 from everstep.collectives import torch_private
+from everstep.collectives.epolls import leave_alone
 from everstep.collectives.fate import GroupFate
+from everstep.collectives.gloo_threads import sleep_of, thread_ids
 from everstep.collectives.gloo_work import Alone, GlooWork, free_parked, park
 from everstep.collectives.process_group import Membership, ReduceOp
 from everstep.collectives.sockets import (
@@ -43,6 +44,9 @@ from everstep.collectives.store_client import StoreClient, connect_store
 from everstep.errors import ConfigError, PeerLost, StepInterrupted
 
 SETTLE_TIMEOUT_S = 10.0
+# Severing ends an operation in milliseconds. One that goes on for so long keeps its tensor, and the member goes on;
+# well before others take it for hung.
+GIVE_UP_AFTER_S = 3.0
 # How long a severed connection stays open for what peers still send into it, until they are told, too.
 LINGER_S = 0.1
 # Gloo closes a severed connection at once, or is never going to (`_are_emptied`).
@@ -55,7 +59,6 @@ GONE_GRACE_S = 0.5
 _log = logging.getLogger(__name__)
 
 HELPER_NAME = "everstep-gloo"
-_OP_THREAD_NAME = "pt_gloo_runloop"
 _OPTIONS = {op: torch_private.allreduce_options(op) for op in ReduceOp}
 _PEER_IN_ERROR = re.compile(r"\[([0-9a-fA-F.:]+)\]:(\d+)")
 
@@ -81,6 +84,7 @@ class GlooGroup(GroupFate[GlooWork]):
         self._closed_at: float | None = None  # since when a connection is known to be closed
         self._new_threads: list[int] = []  # Gloo's for this group among them
         self._sleeps_seen: list[str] = []  # at the last look
+        self._has_given_up = False
         self._stuck: list[torch_private.TorchWork] = []
         self._kept: list[socket.socket] = []  # what severing keeps open for a while
         self._linger: threading.Timer | None = None
@@ -153,10 +157,13 @@ class GlooGroup(GroupFate[GlooWork]):
         still_open = [c for c in self._connections if is_open(c)]
         if still_open and not self._are_emptied(still_open):
             return False
-        look = [sleep for thread in self._new_threads if (sleep := _sleep_of(thread)) is not None]
+        look = [sleep for thread in self._new_threads if (sleep := sleep_of(thread)) is not None]
         is_same = look == self._sleeps_seen and all(look)
         self._sleeps_seen = look
-        return bool(look) and is_same
+        if not look or not is_same:
+            return False
+        leave_alone(still_open)  # or Gloo's device thread would look at them without a pause until they are freed
+        return True
 
     def _are_emptied(self, still_open: list[OpenSocket]) -> bool:
         """Connections that Gloo reads no more, and so never closes. Nothing can come out of them any more.
@@ -209,19 +216,29 @@ class GlooGroup(GroupFate[GlooWork]):
 
     def drain(self, deadline: float) -> bool:
         """Wait until no operation of a severed group can touch its tensor any more; False when `deadline` passed."""
-        pending = tuple(self._pending)
-        if all(work.settle(deadline) for work in pending):
-            return True
-        still_open = [c for c in self._connections if is_open(c)]
-        looks = {thread: _sleep_of(thread) for thread in self._new_threads}
+        if self._cut_at is not None:
+            deadline = min(deadline, self._cut_at + GIVE_UP_AFTER_S)
+        return all(work.settle(deadline) for work in tuple(self._pending))
+
+    def is_given_up(self) -> bool:
+        """Whether it was severed so long ago that what has not ended is not waited for any more."""
+        if not self.is_severed or self._cut_at is None or time.monotonic() - self._cut_at < GIVE_UP_AFTER_S:
+            return False
+        self.give_up()
+        return True
+
+    def give_up(self) -> None:
+        """Says so, once; the operations' own references keep their tensors alive, and theirs alone."""
+        if self._has_given_up:
+            return
+        self._has_given_up = True
         _log.error(
-            "quorum %s: %d operations do not end; connections still open: %s; threads: %s",
+            "quorum %s: %d operations do not end and are given up; connections still open: %s; threads: %s",
             self.membership.quorum_id,
-            sum(not work.is_completed() for work in pending),
-            still_open,
-            looks,
+            sum(work.unended() is not None for work in tuple(self._pending)),
+            [c for c in self._connections if is_open(c)],
+            {thread: sleep_of(thread) for thread in self._new_threads},
         )
-        return False
 
     def take_down(self) -> None:
         """Free its threads and descriptors. Takes up to 20 ms, without the GIL; more while an operation is stuck."""
@@ -234,8 +251,9 @@ class GlooGroup(GroupFate[GlooWork]):
         if linger is not None:
             linger.join()
         self._let_go()
-        if self._gloo is not None and self._stuck:
-            park(self._gloo, self._stuck)
+        left = self._stuck + [work for pending in tuple(self._pending) if (work := pending.unended()) is not None]
+        if self._gloo is not None and left:
+            park(self._gloo, left)
             self._stuck = []
         self._device = None
         self._gloo = None
@@ -285,7 +303,7 @@ class GlooGroup(GroupFate[GlooWork]):
             return
         store_address = host_and_port(me.store)
         host = self._bind_host or route_to(store_address)
-        before, threads_before = open_sockets(), _threads()
+        before, threads_before = open_sockets(), thread_ids()
         self._client = connect_store(store_address, lambda: self.is_severed)
         self._listen(host)
         self._learn_peers()
@@ -297,7 +315,7 @@ class GlooGroup(GroupFate[GlooWork]):
         )
         self._connections = find_sockets(self._is_connection, among=open_sockets() - before)
         close_on_exec(self._connections)
-        self._new_threads = sorted(_threads() - threads_before)
+        self._new_threads = sorted(thread_ids() - threads_before)
         self._gloo = gloo
 
     def _listen(self, host: str) -> None:
@@ -377,21 +395,3 @@ class GlooGroup(GroupFate[GlooWork]):
         ranks = self._peers | self._rank_at
         # Gloo writes a port as it stands in the socket address: most significant byte first (seen with torch 2.13).
         return ranks.get((host, socket.ntohs(port)), ranks.get((host, port)))
-
-
-def _threads() -> set[int]:
-    return {int(name) for name in os.listdir("/proc/self/task")}
-
-
-def _sleep_of(thread: int) -> str | None:
-    """Tells one sleep of a thread that runs operations from another; "" while it is awake, None for other threads."""
-    try:
-        with open(f"/proc/self/task/{thread}/status") as status:
-            lines = dict(line.split(":", 1) for line in status)
-    except OSError:
-        return None
-    if lines["Name"].strip() != _OP_THREAD_NAME:
-        return None
-    if lines["State"].split()[0] != "S":
-        return ""
-    return f"{thread} {lines['voluntary_ctxt_switches'].strip()}"

@@ -37,6 +37,8 @@ class Issuer(Protocol):
 
     def watch(self) -> None: ...
 
+    def is_given_up(self) -> bool: ...
+
 
 class GlooWork:
     """An operation of a GlooGroup."""
@@ -54,13 +56,19 @@ class GlooWork:
         work = self._work
         if work is not None:
             while not self._has_ended(work, WAIT_SLICE):
-                pass
+                if self._group.is_given_up():
+                    raise self._group.failure()
         if self._failure is not None:
             raise self._failure()
 
     def is_completed(self) -> bool:
         work = self._work
         return work is None or work.is_completed()
+
+    def unended(self) -> torch_private.TorchWork | None:
+        """torch's part of it, as long as it still has the tensor."""
+        work = self._work
+        return None if work is None or work.is_completed() else work
 
     def settle(self, deadline: float) -> bool:
         """Wait, but do not raise; False when it has not ended by `deadline` (monotonic)."""

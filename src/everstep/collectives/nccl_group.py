@@ -22,6 +22,7 @@ from everstep.collectives.nccl_work import NcclWork, pauses
 from everstep.collectives.process_group import Membership, ReduceOp
 from everstep.collectives.sockets import host_and_port
 from everstep.collectives.store_client import StoreClient, connect_store
+from everstep.core.types import LocalProtocolError
 from everstep.errors import PeerLost, StepInterrupted
 
 ABORT_TIMEOUT_S = 10.0
@@ -106,6 +107,10 @@ class NcclGroup(GroupFate[NcclWork]):
 
     def drain(self, deadline: float) -> bool:
         return all(work.settle(deadline) for work in tuple(self._pending))
+
+    def give_up(self) -> None:
+        """Not here: a kernel that does not end keeps the GPU, and what else the script would run on it, waiting."""
+        raise LocalProtocolError("an operation of an aborted quorum still holds its tensor; only a restart frees it")
 
     def take_down(self) -> None:
         """Also frees the communicator, on a thread that nobody waits for.

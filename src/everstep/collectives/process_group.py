@@ -52,11 +52,12 @@ class Work(Protocol):
         """Block until the operation ended here; raises StepInterrupted or, naming a peer, PeerLost.
 
         When it has returned or raised, the operation's thread is done with the tensor: nothing writes to it any more.
-        After an error its content is undefined. An operation that had completed before the group was aborted returns.
+        Unless `is_completed` still says no after an error: then the operation was given up, and the tensor with it; use
+        another. After an error its content is undefined. What had completed before the group was aborted returns.
         """
 
     def is_completed(self) -> bool:
-        """Ended, well or not; `wait` will not block."""
+        """Ended, well or not: `wait` will not block, and nothing writes to the tensor any more."""
 
 
 class ReconfigurableProcessGroup(ABC):
@@ -68,7 +69,8 @@ class ReconfigurableProcessGroup(ABC):
 
         Raises StepInterrupted when aborted (also beforehand: see `abort`), PeerLost when the store or a member is
         gone, LocalProtocolError when the quorum id does not grow. The group before it, unless aborted, stays open until
-        `release_previous`. Operations of aborted groups have ended, and no longer touch their tensors, when it returns.
+        `release_previous`. Operations of aborted groups have ended, and no longer touch their tensors, when it returns,
+        or have been given up (see `Work.wait`); LocalProtocolError where that is impossible.
         """
 
     @abstractmethod

@@ -62,6 +62,9 @@ class QuorumGroup(Protocol):
     def drain(self, deadline: float) -> bool:
         """Wait until no operation of a severed group can touch its tensor any more; False when `deadline` passed."""
 
+    def give_up(self) -> None:
+        """After a failed `drain`: leave their tensors to the operations; LocalProtocolError where nobody can."""
+
     def take_down(self) -> None:
         """Sever it and free its threads and descriptors."""
 
@@ -232,8 +235,9 @@ def _await_build(group: QuorumGroup) -> None:
 
 def _drain(groups: list[QuorumGroup]) -> None:
     deadline = time.monotonic() + DRAIN_TIMEOUT_S
-    if not all(group.drain(deadline) for group in groups):
-        raise LocalProtocolError("an operation of an aborted quorum still holds its tensor; only a restart frees it")
+    for group in groups:
+        if not group.drain(deadline):
+            group.give_up()
 
 
 def _take_down(groups: list[QuorumGroup]) -> None:

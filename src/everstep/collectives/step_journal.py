@@ -30,14 +30,18 @@ class TensorReduction:
         self._tensor = tensor
         self._input = tensor.detach().clone(memory_format=torch.contiguous_format)
         self._buffer = torch.empty_like(self._input)
+        self._work: Work | None = None
         self._op = op
         self._is_average = is_average
         self._size = 1
 
     def issue(self, group: ReconfigurableProcessGroup, quorum: Quorum) -> Work:
+        if self._work is not None and not self._work.is_completed():  # given up, and the buffer with it
+            self._buffer = torch.empty_like(self._input)
         self._buffer.copy_(self._input)
         self._size = len(quorum.members)
-        return group.allreduce(self._buffer, self._op)
+        self._work = group.allreduce(self._buffer, self._op)
+        return self._work
 
     def finish(self) -> None:
         with torch.no_grad():

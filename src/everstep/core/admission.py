@@ -24,6 +24,7 @@ from everstep.core.messages import (
 from everstep.core.reconfiguration import Reconfigurer
 from everstep.core.roster import Peer, Roster
 from everstep.core.types import MemberId, RefusalCode
+from everstep.core.worker_book import WorkerBook
 
 REPLICA_ID_CHARS_MAX = 128
 STRANGERS_KEPT_MAX = 1000
@@ -48,6 +49,7 @@ class Admission:
         detector: FailureDetector,
         changes: Reconfigurer,
         crashes: CrashDesk,
+        workers: WorkerBook,
     ) -> None:
         self._state = state
         self._config = state.config
@@ -56,6 +58,7 @@ class Admission:
         self._detector = detector
         self._changes = changes
         self._crashes = crashes
+        self._workers = workers
         self._contenders: dict[int, Contender] = {}
         self._waits_as: dict[str, MemberId] = {}  # who was last a joiner under a replica_id
 
@@ -144,6 +147,10 @@ class Admission:
         return []
 
     def _admit(self, link: int, hello: Hello, now: float) -> list[Effect]:
+        ended = self._workers.why_ended(hello.workers)
+        if ended:
+            return [Close(link, f"the process has ended: {ended}")]
+        self._workers.came(hello.workers)
         out: list[Effect] = []
         member = hello.report.member
         verdict = self._crashes.started(member.replica_id, hello.nonce, now)

@@ -77,9 +77,12 @@ class BrokenPaths:
             self._complaints[reporter, peer] = None
 
     def judge(
-        self, answered: Sequence[MemberId], step: int, now: float, comes_first: Callable[[MemberId], bool]
+        self, answered: Sequence[MemberId], step: int, now: float, comes_first: Callable[[MemberId], int]
     ) -> list[LeftOut]:
-        """Once a round, when it is decided. `answered`: who lives; `comes_first`: whom to rather leave out."""
+        """Once a round, when it is decided. `answered`: who lives; `comes_first`: whom to rather leave out.
+
+        It must rank everybody without state above those with it: the last one that holds it must not make way.
+        """
         complaints = [c for c in self._complaints if c[0] in answered and c[1] in answered]
         self._complaints.clear()
         self._note(complaints, step, now)

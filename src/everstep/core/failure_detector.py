@@ -17,6 +17,14 @@ LATENESS_MIN_S = 0.05  # a tick this much later than asked for is our own fault
 class DetectorPolicy:
     heartbeat_timeout_s: float
     link_grace_s: float  # a closed link may come back within it
+    ask_before_s: float = 0.0  # before silence counts as death: time for a Doubt to be settled by asking; 0: no doubts
+
+
+@dataclasses.dataclass(frozen=True)
+class Doubt:
+    """It is about to be suspected of silence; `heard` clears it."""
+
+    member: MemberId
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,6 +41,7 @@ class FailureDetector:
         self._policy = policy
         self._deadline: dict[MemberId, float] = {}
         self._closed: dict[MemberId, str] = {}
+        self._doubted: dict[MemberId, None] = {}
         self._heap: list[tuple[float, int, MemberId]] = []
         self._pushed = 0
         self._wake_at: float | None = None
@@ -40,14 +49,24 @@ class FailureDetector:
     def watch(self, member: MemberId, now: float) -> None:
         """Begin (again) to expect to hear from `member`; its link is open."""
         self._closed.pop(member, None)
-        self._set(member, now + self._policy.heartbeat_timeout_s)
+        self._doubted.pop(member, None)
+        self._set(member, now + self._silence_s)
 
     def heard(self, member: MemberId, now: float) -> None:
         """A word on its open link. One that had been given up for silent is watched again: it may fall silent anew."""
         if member not in self._deadline:
             self.watch(member, now)
         elif member not in self._closed:
-            self._deadline[member] = now + self._policy.heartbeat_timeout_s
+            self._deadline[member] = now + self._silence_s
+            if self._doubted:
+                self._doubted.pop(member, None)
+
+    @property
+    def _silence_s(self) -> float:
+        return self._policy.heartbeat_timeout_s - self._policy.ask_before_s
+
+    def is_doubted(self, member: MemberId) -> bool:
+        return member in self._doubted
 
     def link_closed(self, member: MemberId, detail: str, now: float) -> None:
         if member in self._deadline:
@@ -62,20 +81,26 @@ class FailureDetector:
     def forget(self, member: MemberId) -> None:
         self._deadline.pop(member, None)
         self._closed.pop(member, None)
+        self._doubted.pop(member, None)
 
     def is_watched(self, member: MemberId) -> bool:
         return member in self._deadline
 
-    def expire(self, now: float) -> list[Suspicion]:
-        """Members whose deadline has passed, once each; they are not watched any more."""
+    def expire(self, now: float) -> list[Doubt | Suspicion]:
+        """Members whose deadline has passed, once each; those that are suspected are not watched any more."""
         self._forgive_own_lateness(now)
-        expired: list[Suspicion] = []
+        expired: list[Doubt | Suspicion] = []
         while self._heap and self._heap[0][0] <= now:
             _, _, member = heapq.heappop(self._heap)
             deadline = self._deadline.get(member)
             if deadline is None:
                 continue
-            if now >= deadline:
+            is_quiet = member not in self._closed and member not in self._doubted
+            if now >= deadline and is_quiet and self._policy.ask_before_s:
+                expired.append(Doubt(member))
+                self._doubted[member] = None
+                self._set(member, now + self._policy.ask_before_s)  # all of it, however late this is: answers need it
+            elif now >= deadline:
                 expired.append(self._suspicion(member))
                 self.forget(member)
             else:

@@ -12,7 +12,7 @@ SAY_ALL_INTERVAL_S = 1.0
 STRANGERS_NAMED_MAX = 8
 GIVEN_UP = "the operator gave up the state that this group holds: start it again, from its checkpoint"
 # A member that failed in one of these ways is gone for certain once a newer process of its replica_id said Hello.
-GONE_FOR_CERTAIN = (Cause.LINK_CLOSED, Cause.SUPERSEDED, Cause.LEFT)
+GONE_FOR_CERTAIN = (Cause.PROCESS_EXITED, Cause.LINK_CLOSED, Cause.SUPERSEDED, Cause.LEFT)
 
 
 class FoundingDesk:

@@ -8,9 +8,10 @@ that rest on it.
 import dataclasses
 
 from everstep.core.admission import Admission
+from everstep.core.agents import AgentDesk, AgentLinkClosed, AgentMessage
 from everstep.core.crash_loop import CrashDesk
 from everstep.core.events import EventKind, JobEvent, of_member
-from everstep.core.failure_detector import FailureDetector
+from everstep.core.failure_detector import Doubt, FailureDetector, Suspicion
 from everstep.core.founding import GONE_FOR_CERTAIN, FoundingDesk
 from everstep.core.ledger import Books
 from everstep.core.lighthouse_state import JobConfig, JobState
@@ -38,9 +39,12 @@ from everstep.core.progress import ProgressJudge
 from everstep.core.reconfiguration import Reconfigurer
 from everstep.core.roster import Peer, Roster
 from everstep.core.types import MemberId, QuorumId, RefusalCode
+from everstep.core.worker_book import WorkerBook
 
 __all__ = [
     "AdmitGroup",
+    "AgentLinkClosed",
+    "AgentMessage",
     "DrainGroup",
     "Event",
     "JobConfig",
@@ -90,7 +94,8 @@ class AdmitGroup:
     replica_id: str
 
 
-Event = LinkOpened | LinkClosed | LinkMessage | StartNewHistory | DrainGroup | AdmitGroup
+FromOperator = StartNewHistory | DrainGroup | AdmitGroup
+Event = LinkOpened | LinkClosed | LinkMessage | AgentMessage | AgentLinkClosed | FromOperator
 
 
 class LighthouseMachine:
@@ -110,7 +115,9 @@ class LighthouseMachine:
         self._witnessed: dict[MemberId, None] = {}  # named by a failed collective since the last quorum
         self._crashes = CrashDesk(config.crash_policy)
         parts = (self._state, self._roster, self._joiners, self._detector, self._changes)
-        self._admission = Admission(*parts, self._crashes)
+        self._workers = WorkerBook()
+        self._admission = Admission(*parts, self._crashes, self._workers)
+        self._agents = AgentDesk(*parts, self._admission, self._workers, self._judge_progress)
 
     # ---- the machine contract
 
@@ -137,6 +144,8 @@ class LighthouseMachine:
                         out += self._drain(member)
             case AdmitGroup(replica_id):
                 out += self._admission.pardon(replica_id, now)
+            case AgentMessage() | AgentLinkClosed():
+                out += self._agents.receive(event, now)
             case LinkOpened():
                 pass
         return out + self.tick(now)
@@ -150,10 +159,8 @@ class LighthouseMachine:
 
     def tick(self, now: float) -> list[Effect]:
         out: list[Effect] = []
-        for suspicion in self._detector.expire(now):
-            cause = Cause.LEFT if suspicion.member in self._state.departed else suspicion.cause
-            out += self._changes.suspect(suspicion.member, cause, suspicion.detail, now)
-            out += self._admission.admit_contenders_of(suspicion.member.replica_id, now)
+        for finding in self._detector.expire(now):
+            out += self._agents.ask_about(finding.member) if isinstance(finding, Doubt) else self._lost(finding, now)
         if self._state.round is not None and now >= self._state.round.deadline:
             out += self._changes.give_up_waiting(now)
         if self._state.paths.end_pauses(now):
@@ -166,7 +173,16 @@ class LighthouseMachine:
         if self._state.round is None:
             self._progress.keep_only(self._state.current)
             out += self._roster.send(Probe(), self._progress.ask(now))
-        return out
+        return out + self._agents.fence_left_out()
+
+    def _lost(self, suspicion: Suspicion, now: float) -> list[Effect]:
+        member, is_departed = suspicion.member, suspicion.member in self._state.departed
+        ended = self._agents.has_ended(member)
+        if ended is not None and not is_departed:
+            return self._agents.end(ended, now)
+        cause = Cause.LEFT if is_departed else suspicion.cause
+        out = self._changes.suspect(member, cause, suspicion.detail, now)
+        return out + self._admission.admit_contenders_of(member.replica_id, now)
 
     def next_deadline(self) -> float | None:
         deadlines = [self._detector.next_deadline(), self._founding.next_deadline(), self._ends_at]
@@ -343,7 +359,8 @@ class LighthouseMachine:
             if not is_in_grace:
                 self._detector.watch(member, now)
                 self._detector.link_closed(member, detail or "link closed without Goodbye", now)
-                if member in self._witnessed:  # a second witness: no grace (DESIGN 4.3, evidence)
+                # A second witness: no grace (DESIGN 4.3, evidence).
+                if member in self._witnessed or self._agents.has_ended(member) is not None:
                     self._detector.confirm(member, now)
         else:
             self._detector.forget(member)

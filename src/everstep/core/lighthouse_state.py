@@ -37,7 +37,11 @@ class JobConfig:
 
     @property
     def detector_policy(self) -> DetectorPolicy:
-        return DetectorPolicy(heartbeat_timeout_s=self.heartbeat_timeout_s, link_grace_s=self.link_grace_s)
+        return DetectorPolicy(
+            heartbeat_timeout_s=self.heartbeat_timeout_s,
+            link_grace_s=self.link_grace_s,
+            ask_before_s=self.heartbeat_timeout_s / 8,
+        )
 
     @property
     def crash_policy(self) -> CrashPolicy:
@@ -91,6 +95,7 @@ class JobState:
         self.held: dict[MemberId, float] = {}  # joiners that are let in no earlier than that
         self.leaving: dict[MemberId, None] = {m: None for m in record.leaving if self.is_current(m)} if record else {}
         self.departed: dict[MemberId, bool] = {}  # who of known_members said Goodbye, and whether it held the state
+        self.left_out: dict[MemberId, Cause] = {}  # by the last Grant, and not looked at by the AgentDesk yet
         self.failures = 0
         self._known_of: tuple[QuorumId | None, ...] = (None,)
         self._known: dict[MemberId, Member] = {}

@@ -34,6 +34,7 @@ PROTOCOL_VERSION = 2
 class Cause(str, enum.Enum):
     """What kind of evidence says that a member failed."""
 
+    PROCESS_EXITED = "process-exited"  # the agent that started it says so; conclusive
     LINK_CLOSED = "link-closed"  # without Goodbye, and not open again within the grace
     SILENT = "silent"  # nothing heard on an open link for the heartbeat timeout
     SUPERSEDED = "superseded"  # a newer incarnation of it said Hello
@@ -83,6 +84,7 @@ class Hello(msgspec.Struct, frozen=True, tag="hello"):
     start_step: int = 0  # the step a fresh process starts from (a checkpoint on disk)
     round: FailureRound = FailureRound(0, 0)
     freezes_on_notice: bool = True  # False: it answers a round only when its own collective has failed
+    workers: tuple[str, ...] = ()  # the processes of its ranks, in order, as their agents name them; "": no agent
 
 
 class Ready(msgspec.Struct, frozen=True, tag="ready"):

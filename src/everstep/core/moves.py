@@ -20,6 +20,7 @@ class ReplicaConfig:
     start_step: int = 0
     keeps_gradients: bool = True
     freezes_on_notice: bool = True  # EVERSTEP_PROACTIVE_RECOVERY
+    workers: tuple[str, ...] = ()  # as in Hello
     collective_timeout_s: float = 300.0  # a collective that takes longer has failed, though nobody said so
 
 

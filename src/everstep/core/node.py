@@ -4,6 +4,7 @@ Its shell sends what these methods return on the link that is open now, or not a
 everything again.
 """
 
+import collections
 import enum
 
 import msgspec
@@ -27,8 +28,12 @@ from everstep.core.node_messages import (
     RoundInfo,
     StoreHosted,
     ToNode,
+    WorkerEnded,
+    WorkersRunning,
 )
 from everstep.core.types import LocalProtocolError, RendezvousRound
+
+ENDED_KEPT_MAX = 64  # workers whose end is said again on a new link
 
 
 class NodeStage(enum.Enum):
@@ -57,12 +62,15 @@ class NodeMachine:
         self.refusal: NodeRefused | None = None  # to be told at the next call
         self.why_dissolved = ""
         self.welcome: NodeWelcome | None = None
+        self._workers: dict[str, None] = {}
+        self._ended: collections.deque[WorkerEnded] = collections.deque(maxlen=ENDED_KEPT_MAX)
 
     # ---- the link
 
     def link_up(self) -> list[FromNode]:
         self.is_registered = False
-        return [self._hello()]
+        running: list[FromNode] = [WorkersRunning(tuple(self._workers))] if self._workers else []
+        return [self._hello(), *self._ended, *running]
 
     def link_down(self) -> None:
         self.is_registered = False
@@ -127,6 +135,19 @@ class NodeMachine:
             is_joining=self.stage is NodeStage.JOINING,
             is_closed=self.closed is not None and self.closed.scope is CloseScope.JOB,
         )
+
+    # ---- its workers (core/agents.py is the other side)
+
+    def worker_started(self, worker: str) -> list[FromNode]:
+        self._workers[worker] = None
+        return [WorkersRunning(tuple(self._workers))]
+
+    def worker_ended(self, report: WorkerEnded) -> list[FromNode]:
+        if report.worker not in self._workers:
+            return []
+        del self._workers[report.worker]
+        self._ended.append(report)
+        return [report]
 
     # ---- calls
 

@@ -136,6 +136,27 @@ class StoreCall(msgspec.Struct, frozen=True, tag="store_call"):
     amount: int = 0  # of ADD; of QUEUE_POP: 1 waits for an element
 
 
+class WorkersRunning(msgspec.Struct, frozen=True, tag="workers_running"):
+    """All workers that this node's agent runs now, by the names that members' Hellos have for them."""
+
+    workers: tuple[str, ...]
+
+
+class WorkerEnded(msgspec.Struct, frozen=True, tag="worker_ended"):
+    """Its process has ended, for certain. Said again on each new link: it may have been lost."""
+
+    worker: str
+    detail: str = ""  # "SIGKILL", "exit code 1", "out of memory"
+    is_clean: bool = False  # it exited with 0
+
+
+class Vouched(msgspec.Struct, frozen=True, tag="vouched"):
+    """Answer to VouchFor."""
+
+    worker: str
+    state: str  # as in /proc: R, S and D live, T is stopped; "" when it is gone
+
+
 # ---- lighthouse to node
 
 
@@ -199,7 +220,22 @@ class StoreReply(msgspec.Struct, frozen=True, tag="store_reply"):
     detail: str = ""
 
 
-FromNode = NodeHello | JoinRound | StoreHosted | LeaveRendezvous | CloseRendezvous | NodeHeartbeat | StoreCall
+class VouchFor(msgspec.Struct, frozen=True, tag="vouch_for"):
+    """The member whose worker this is has fallen silent: does its process live?"""
+
+    worker: str
+
+
+class Fence(msgspec.Struct, frozen=True, tag="fence"):
+    """The others went on without this worker: end it."""
+
+    worker: str
+
+
+FromAgent = WorkersRunning | WorkerEnded | Vouched
+FromNode = (
+    NodeHello | JoinRound | StoreHosted | LeaveRendezvous | CloseRendezvous | NodeHeartbeat | StoreCall | FromAgent
+)
 ToNode = (
     NodeWelcome
     | HostStore
@@ -209,4 +245,6 @@ ToNode = (
     | RendezvousClosed
     | NodeRefused
     | StoreReply
+    | VouchFor
+    | Fence
 )

@@ -42,7 +42,7 @@ class Reconfigurer:
         out: list[Effect] = []
         self._joiners.pop(member, None)
         if member in state.suspects:
-            if state.suspects[member] in (Cause.SILENT, Cause.NO_READY, Cause.STUCK):
+            if cause is Cause.PROCESS_EXITED or state.suspects[member] in (Cause.SILENT, Cause.NO_READY, Cause.STUCK):
                 state.suspects[member] = cause  # firmer evidence than silence, or that it stood still
             return out
         if member not in state.known_members:
@@ -209,8 +209,8 @@ class Reconfigurer:
         assert state.current is not None
         reports = state.round.reports
         answered = [m for m in state.current.member_ids if m in reports and m not in state.suspects]
-        step = max(reports[m].step for m in survivors)
-        verdicts = state.paths.judge(answered, step, now, lambda m: not reports[m].has_state or m in state.leaving)
+        first = {m: 2 * (not reports[m].has_state) + (m in state.leaving) for m in answered}
+        verdicts = state.paths.judge(answered, max(reports[m].step for m in survivors), now, first.__getitem__)
         return [e for v in verdicts for e in self._note_suspect(v.member, Cause.BROKEN_PATH, v.detail)]
 
     def _say_waiting(self, why: str) -> list[Effect]:
@@ -289,6 +289,7 @@ class Reconfigurer:
             else:
                 self._joiners.pop(member, None)
                 evicted.append(member)
+        self._state.left_out.update((member, suspects[member]) for member in evicted if member in suspects)
         out: list[Effect] = []
         for member in evicted:
             pause = self._state.paths.pause_of(member.replica_id) if suspects.get(member) is Cause.BROKEN_PATH else None

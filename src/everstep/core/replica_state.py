@@ -242,6 +242,7 @@ class ReplicaState:
             start_step=config.start_step,
             round=self.round,
             freezes_on_notice=config.freezes_on_notice,
+            workers=config.workers,
         )
 
     # ---- entering and leaving quorums

@@ -20,6 +20,7 @@ class Peer:
     heartbeat: Heartbeat = dataclasses.field(default_factory=Heartbeat)
     heard_at: float = 0.0
     leaving: bool = False  # said Goodbye
+    unvouched: dict[str, None] = dataclasses.field(default_factory=dict)  # workers whose agents were asked
 
     def learn(self, quorum_id: QuorumId) -> None:
         """It has (or is being sent) the member list of this quorum. It keeps more lists than we count on."""
@@ -39,9 +40,11 @@ class Roster:
         self._by_member: dict[MemberId, Peer] = {}
         self._by_link: dict[int, Peer] = {}
         self._connected: dict[str, Peer] = {}  # by replica_id
+        self._by_worker: dict[str, Peer] = {}
 
     def add(self, peer: Peer) -> None:
         self._by_member[peer.member] = peer
+        self._by_worker.update(dict.fromkeys(filter(None, peer.hello.workers), peer))
         if peer.link is not None:
             self._by_link[peer.link] = peer
             self._connected[peer.member.replica_id] = peer
@@ -62,7 +65,12 @@ class Roster:
 
     def forget(self, member: MemberId) -> None:
         peer = self._by_member.pop(member, None)
-        if peer is not None and peer.link is not None:
+        if peer is None:
+            return
+        for worker in peer.hello.workers:
+            if self._by_worker.get(worker) is peer:
+                del self._by_worker[worker]
+        if peer.link is not None:
             self.disconnect(peer.link)
 
     def of(self, member: MemberId) -> Peer | None:
@@ -73,6 +81,10 @@ class Roster:
 
     def peers(self) -> Iterable[Peer]:
         return self._by_member.values()
+
+    def running_as(self, worker: str) -> Peer | None:
+        """The newest that named this worker as one of its processes."""
+        return self._by_worker.get(worker)
 
     def connected_as(self, replica_id: str) -> Peer | None:
         return self._connected.get(replica_id)

@@ -17,7 +17,19 @@ from typing import Protocol
 from everstep.config import LighthouseSettings
 from everstep.core.events import JobEvent
 from everstep.core.lighthouse import Event, JobConfig, LighthouseMachine
-from everstep.core.messages import Close, Effect, JournalRecord, Log, Persist, Publish, Send, ToMember, Waiting
+from everstep.core.messages import (
+    Close,
+    Effect,
+    JournalRecord,
+    Log,
+    Persist,
+    Publish,
+    Send,
+    SendToNodes,
+    ToMember,
+    Waiting,
+)
+from everstep.core.node_messages import ToNode
 from everstep.lighthouse.journal import Journal
 from everstep.link.driver import Driver
 
@@ -43,7 +55,7 @@ class JobMachine(Protocol):
 class JobLinks(Protocol):
     """What a job needs of LinkServer."""
 
-    def send(self, message: ToMember, links: Iterable[int], /) -> None: ...
+    def send(self, message: ToMember | ToNode, links: Iterable[int], /) -> None: ...
     def close_link(self, number: int, reason: str, /) -> None: ...
 
 
@@ -185,6 +197,8 @@ class Job:
         match effect:
             case Send(message, links):
                 self._links.send(message, links)  # type: ignore[arg-type]
+            case SendToNodes(to_agents, links):
+                self._links.send(to_agents, links)
             case Close(link, reason):
                 self._links.close_link(link, reason)
             case Publish(published):

@@ -7,7 +7,16 @@ from collections.abc import Callable
 
 from everstep.config import LighthouseSettings
 from everstep.core.events import JobEvent
-from everstep.core.lighthouse import AdmitGroup, DrainGroup, LinkClosed, LinkMessage, LinkOpened, StartNewHistory
+from everstep.core.lighthouse import (
+    AdmitGroup,
+    AgentLinkClosed,
+    AgentMessage,
+    DrainGroup,
+    LinkClosed,
+    LinkMessage,
+    LinkOpened,
+    StartNewHistory,
+)
 from everstep.core.messages import JournalRecord, Refused, ToLighthouse
 from everstep.core.types import RefusalCode
 from everstep.errors import ConfigError
@@ -165,6 +174,12 @@ class Jobs:
             job.open_links.pop(link, None)
             job.receive(LinkClosed(link, detail))
 
+    def agent(self, job_id: str, event: AgentMessage | AgentLinkClosed) -> None:
+        """What a node's agent says of its workers."""
+        job = self._jobs.get(job_id)
+        if job is not None:
+            job.receive(event)
+
     # ---- a job's life
 
     def _start(self, job_id: str) -> None:
@@ -178,6 +193,8 @@ class Jobs:
         job = Job(job_id, machine, self._server, journal, self._executor, self._crashed, publish)
         self._jobs[job_id] = job
         job.start()
+        for message in self.rendezvous.running(job_id):  # agents that were here before this machine
+            job.receive(message)
 
     def _make_room(self) -> bool:
         """Drop a job that nobody is connected to; one that is over rather than one that may come back."""

@@ -7,9 +7,10 @@ from collections.abc import Callable, Iterable
 from typing import Protocol
 
 from everstep.config import LighthouseSettings
+from everstep.core.agents import AgentLinkClosed, AgentMessage
 from everstep.core.events import JobEvent
 from everstep.core.messages import Close, Effect, Log, Publish, Refused, SendToNodes
-from everstep.core.node_messages import FromNode, NodeHello, ToNode
+from everstep.core.node_messages import FromAgent, FromNode, NodeHello, ToNode, WorkersRunning
 from everstep.core.rendezvous import (
     NodeLinkClosed,
     NodeMessage,
@@ -39,6 +40,7 @@ class JobsHere(Protocol):
     def admit(self, job_id: str, /) -> Refused | None: ...
     def is_return(self, job_id: str, /) -> bool: ...
     def publish(self, job_id: str, event: JobEvent, /) -> None: ...
+    def agent(self, job_id: str, event: AgentMessage | AgentLinkClosed, /) -> None: ...
 
 
 class RendezvousDesk:
@@ -51,6 +53,7 @@ class RendezvousDesk:
         self._job_of: dict[int, str] = {}
         self._rendezvous_of: dict[int, _Rendezvous] = {}
         self._open: dict[tuple[str, str], _Rendezvous] = {}
+        self._running: dict[int, WorkersRunning] = {}  # what each agent said last
 
     def attach(self, links: NodeLinks) -> None:
         self._links = links
@@ -69,6 +72,10 @@ class RendezvousDesk:
 
     def has_nodes(self, job_id: str) -> bool:
         return job_id in self._job_of.values()
+
+    def running(self, job_id: str) -> list[AgentMessage]:
+        """For a job that starts anew: what its agents have said, and do not say again."""
+        return [AgentMessage(link, said) for link, said in self._running.items() if self._job_of.get(link) == job_id]
 
     # ---- links
 
@@ -93,10 +100,17 @@ class RendezvousDesk:
         elif isinstance(message, NodeHello) and message.group != rendezvous.config.group:
             self._end(link, "a link is for one group")
             return
+        if isinstance(message, FromAgent):
+            if isinstance(message, WorkersRunning):
+                self._running[link] = message
+            self._jobs.agent(self._job_of[link], AgentMessage(link, message))
+            return
         rendezvous.receive(NodeMessage(link, message))
 
     def closed(self, link: int, detail: str) -> None:
-        self._job_of.pop(link, None)
+        job_id = self._job_of.pop(link, None)
+        if self._running.pop(link, None) is not None and job_id is not None:
+            self._jobs.agent(job_id, AgentLinkClosed(link))
         rendezvous = self._rendezvous_of.pop(link, None)
         if rendezvous is not None:
             rendezvous.links.pop(link, None)

@@ -47,8 +47,9 @@ class FollowerHandler(Protocol):
 class GroupClient:
     """A follower's side. `send` from any thread, `close` from any but the channel's own; `send` never blocks."""
 
-    def __init__(self, rank: int, handler: FollowerHandler) -> None:
+    def __init__(self, rank: int, handler: FollowerHandler, worker: str = "") -> None:
         self._rank = rank
+        self._worker = worker
         self._handler = handler
         self._sock: socket.socket | None = None
         self._lock = threading.Lock()
@@ -103,7 +104,8 @@ class GroupClient:
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             theirs, mine = read_exactly(sock, NONCE_BYTES), secrets.token_bytes(NONCE_BYTES)
             rank = str(self._rank)
-            sock.sendall(frame(Introduction(self._rank, mine, sign(key, FOLLOWER, theirs, mine, rank))))
+            mac = sign(key, FOLLOWER, theirs, mine, f"{rank} {self._worker}")
+            sock.sendall(frame(Introduction(self._rank, mine, mac, self._worker)))
             mac = msgspec.msgpack.decode(read_frame(sock), type=str)
             if not verify(key, mac, LEADER, theirs, mine, rank):
                 raise ConnectionRefusedError(f"what listens at {host}:{port} is not this group's leader")

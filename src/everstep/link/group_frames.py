@@ -4,7 +4,7 @@ Frames are a length (4 bytes, big endian) and a MessagePack value of core/group.
 know the group's key: the job token, and a secret that the leader published where the ranks found its address.
 
     leader    nonce
-    follower  Introduction(rank, nonce, mac)      mac over both nonces and the rank
+    follower  Introduction(rank, worker, ...)     mac over both nonces, the rank and the worker
     leader    mac                                 the same, under another label
 
 A connection that ends means that the rank at its other end ended: whoever sees it hands that on, once.
@@ -28,6 +28,7 @@ class Introduction(msgspec.Struct, frozen=True):
     rank: int
     nonce: bytes
     mac: str
+    worker: str = ""  # the process, as its agent names it; "": no agent
 
 
 def frame(message: object) -> bytes:

@@ -62,6 +62,7 @@ class GroupServer:
         self._listener: socket.socket | None = None
         self._selector = selectors.DefaultSelector()
         self._wake: tuple[socket.socket, socket.socket] | None = None
+        self._workers: dict[int, str] = {}
         self._complete = threading.Event()
         self._is_closing = False
         self._thread: threading.Thread | None = None
@@ -90,6 +91,10 @@ class GroupServer:
         """The ranks that have not come within the time."""
         self._complete.wait(timeout_s)
         return [rank for rank in range(1, self._size) if rank not in self._followers]
+
+    def workers(self) -> tuple[str, ...]:
+        """The followers' processes, by rank, as their agents name them."""
+        return tuple(self._workers.get(rank, "") for rank in range(1, self._size))
 
     def broadcast(self, message: ToFollower) -> None:
         encoded = frame(message)
@@ -176,11 +181,12 @@ class GroupServer:
         nonce = new_nonce()
         sock.sendall(nonce)
         said = _introductions.decode(read_frame(sock))
-        is_known = verify(self._key, said.mac, FOLLOWER, nonce, said.nonce, str(said.rank))
+        is_known = verify(self._key, said.mac, FOLLOWER, nonce, said.nonce, f"{said.rank} {said.worker}")
         if not is_known or not 0 < said.rank < self._size or said.rank in self._followers:
             raise ConnectionRefusedError(f"no rank of this group: {said.rank}")
         sock.sendall(frame(sign(self._key, LEADER, nonce, said.nonce, str(said.rank))))
         sock.setblocking(False)
+        self._workers[said.rank] = said.worker
         return said.rank
 
     # ---- sending

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from everstep.core.node import NodeMachine, NodeStage
 from everstep.core.node_messages import (
     CloseScope,
+    Fence,
     FromNode,
     NodeHeartbeat,
     NodeRefusal,
@@ -22,8 +23,12 @@ from everstep.core.node_messages import (
     RoundInfo,
     StoreReply,
     ToNode,
+    Vouched,
+    VouchFor,
+    WorkerEnded,
 )
 from everstep.core.types import RendezvousRound
+from everstep.core.worker_book import worker_name
 from everstep.errors import (
     ConfigError,
     LighthouseUnreachable,
@@ -42,7 +47,15 @@ log = logging.getLogger("everstep.rendezvous")
 
 
 class NodeClient:
-    """One node of one (job, group). `start` first; then any method from any thread, one `next_round` at a time."""
+    """One node of one (job, group). `start` first; then any method from any thread, one `next_round` at a time.
+
+    Set `on_fence` and `vouch` before `start`, where there are workers to speak for. Both are given a worker's token, on
+    the link's thread, and must not block or raise. `on_fence` ends the worker; its end is then reported as any other.
+    `vouch` returns the state of its process: a letter as in /proc, "" when it is gone.
+    """
+
+    on_fence: Callable[[str], None] | None = None
+    vouch: Callable[[str], str] | None = None
 
     def __init__(self, target: LinkTarget, group: str, spec: NodeSpec) -> None:
         self._target = target
@@ -55,6 +68,8 @@ class NodeClient:
         self._is_open = False
         self._open_changed_at = time.monotonic()
         self._calls = StoreCalls(self._changed, self._send_one)
+        self._names: dict[str, str] = {}  # running workers by token, as they are called on the links
+        self._tokens: dict[str, str] = {}  # and the other way round
 
     def __enter__(self) -> "NodeClient":
         self.start()
@@ -182,6 +197,42 @@ class NodeClient:
         """The key-value store of a round that this node is in; it ends with the round."""
         return RoundStore(self._calls, info.round)
 
+    # ---- workers
+
+    def worker_started(self, worker: str, pid: int) -> None:
+        """Process `pid` runs with this token as EVERSTEP_WORKER; no token is used twice. Any thread; never blocks."""
+        with self._changed:
+            name = worker_name(worker, pid)
+            self._names[worker], self._tokens[name] = name, worker
+            self._say(self._machine.worker_started(name))
+
+    def worker_ended(self, worker: str, detail: str, *, is_clean: bool = False) -> None:
+        """It has ended, for certain; `detail` says how: "SIGKILL", "exit code 1", "out of memory".
+
+        The others go on without it from here on: say it as early as it is known. It is said again after every
+        reconnect; of one that was not started here nothing is said. `is_clean`: it exited with 0. Any thread; never
+        blocks.
+        """
+        with self._changed:
+            name = self._names.pop(worker, None)
+            if name is not None:
+                del self._tokens[name]
+                self._say(self._machine.worker_ended(WorkerEnded(name, detail, is_clean)))
+
+    def _answer(self, name: str) -> None:
+        """On the link's thread."""
+        worker = self._tokens.get(name)
+        state = self.vouch(worker) if self.vouch is not None and worker is not None else ""
+        if self.vouch is not None:
+            self._client.send(Vouched(name, state))
+
+    def _fence(self, name: str) -> None:
+        """On the link's thread."""
+        worker = self._tokens.get(name)
+        if worker is not None and self.on_fence is not None:
+            log.warning("worker fenced worker=%s: the others went on without it", worker)
+            self.on_fence(worker)
+
     # ---- the link's thread
 
     def on_start(self, loop: asyncio.AbstractEventLoop) -> None:
@@ -195,6 +246,12 @@ class NodeClient:
             self._changed.notify_all()
 
     def on_message(self, message: ToNode) -> None:
+        if isinstance(message, VouchFor):
+            self._answer(message.worker)
+            return
+        if isinstance(message, Fence):
+            self._fence(message.worker)
+            return
         with self._changed:
             if isinstance(message, StoreReply):
                 self._calls.answer(message)

@@ -30,12 +30,14 @@ class Size:
     groups: tuple[int, int]
     ranks: tuple[int, int]
     steps: int
+    agents: bool = False
 
     def world(self, seed: int, replica_type: type[Replica]) -> World:
         (fewest, most), (few, many) = self.groups, self.ranks
         span = most - fewest + 1
         ranks = few + seed // span % (many - few + 1)
-        return World(seed, groups=fewest + seed % span, steps=self.steps, replica_type=replica_type, ranks=ranks)
+        groups = fewest + seed % span
+        return World(seed, groups=groups, steps=self.steps, replica_type=replica_type, ranks=ranks, agents=self.agents)
 
 
 def _span(text: str) -> tuple[int, int]:
@@ -52,6 +54,7 @@ def main(argv: list[str] | None = None, *, replica_type: type[Replica] = Replica
     parser.add_argument("--steps", type=int, default=12, help="length of the faulty part, and steps to go after it")
     parser.add_argument("--jobs", type=int, default=1, help="processes that share the seeds")
     parser.add_argument("--trace", action="store_true", help="print every state change")
+    parser.add_argument("--agents", action="store_true", help="an agent watches over each process, and fails, too")
     parser.add_argument("--rendezvous", action="store_true", help="nodes that agree on rounds, in place of members")
     parser.add_argument("--nodes", type=int, default=0, help="for --rendezvous; 0 draws 2 to 7 from the seed")
     args = parser.parse_args(argv)
@@ -60,9 +63,10 @@ def main(argv: list[str] | None = None, *, replica_type: type[Replica] = Replica
     groups, ranks = _span(args.groups), _span(args.ranks)
     if groups[0] >= SCALE_GROUPS_MIN:
         return _run_at_scale(groups[0])
+    size = Size(groups, ranks, args.steps, args.agents)
     if args.seed is not None:
-        return 0 if _run(args.seed, Size(groups, ranks, args.steps), args.trace, replica_type).is_ok else 1
-    run_chunk = functools.partial(_run_chunk, size=Size(groups, ranks, args.steps), replica_type=replica_type)
+        return 0 if _run(args.seed, size, args.trace, replica_type).is_ok else 1
+    run_chunk = functools.partial(_run_chunk, size=size, replica_type=replica_type)
     return 1 if _run_chunks(run_chunk, args) else 0
 
 
@@ -93,7 +97,8 @@ def _run(seed: int, size: Size, is_traced: bool, replica_type: type[Replica]) ->
 
 def _how_to_reproduce(world: World) -> str:
     ranks = f" --ranks {world.ranks}" if world.ranks > 1 else ""
-    size = f"--groups {world.groups}{ranks} --steps {world.steps}"
+    agents = " --agents" if world.agents.are_there else ""
+    size = f"--groups {world.groups}{ranks} --steps {world.steps}{agents}"
     return f"reproduce: python -m everstep.sim --seed {world.seed} {size} --trace"
 
 

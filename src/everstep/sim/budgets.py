@@ -127,6 +127,11 @@ class Faults:
     rank_hang: int = 0
     crash_loop: int = 0  # a group dies again and again, soon after each start
     switch: int = 0  # all links deliver nothing for a while, together
+    # With agents.
+    hold: int = 0  # a C call holds the GIL of a process, whose agent vouches for it
+    agent_link: int = 0  # an agent's link is lost
+    agent_stall: int = 0  # it answers and reports late
+    kill_agent: int = 0  # and what it runs with it
 
     def with_those_of_ranks(self, rng: random.Random) -> "Faults":
         """`rng` is a stream of its own."""
@@ -141,6 +146,15 @@ class Faults:
             rank_error=rng.choice((0, 0, 1, 2)),
             rank_drain=rng.choice((0, 0, 0, 0, 0, 1)),
             rank_hang=rng.choice((0, 0, 0, 0, 0, 1)),
+        )
+
+    def with_those_of_agents(self, rng: random.Random) -> "Faults":
+        return dataclasses.replace(
+            self,
+            hold=rng.choice((0, 1, 1, 2)),
+            agent_link=rng.choice((0, 0, 1, 2)),
+            agent_stall=rng.choice((0, 0, 1)),
+            kill_agent=rng.choice((0, 0, 0, 1)),
         )
 
     def with_those_of_many(self, rng: random.Random) -> "Faults":

@@ -182,6 +182,21 @@ class Injector:
     def _stop(self, victim: "Party", seconds: float | None) -> None:
         victim.stop(self._or(seconds, (0.05, 0.5, 3.0, 6.0)))
 
+    def _hold(self, victim: "Party", seconds: float | None) -> None:
+        victim.hold(self._or(seconds, (0.5, 3.0, 6.0)))
+
+    def _agent_link(self, victim: "Party", seconds: float | None) -> None:
+        self._world.agents.of(victim).link_lost(self._or(seconds, (0.005, 0.1, 1.0, 4.0)))
+
+    def _agent_stall(self, victim: "Party", seconds: float | None) -> None:
+        self._world.agents.of(victim).stall(self._or(seconds, (0.05, 0.5, 3.0)))
+
+    def _kill_agent(self, victim: "Party", _seconds: float | None) -> None:
+        if len(self._world.living()) < 2:
+            self.done.pop()
+            return
+        self._world.agents.of(victim).die()
+
     def _error(self, victim: "Party", _seconds: float | None) -> None:
         victim.report_spurious_error(self._rng.choice((None, None, 0, 1, 2)))
 

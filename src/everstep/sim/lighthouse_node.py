@@ -3,11 +3,22 @@
 from typing import TYPE_CHECKING
 
 from everstep.core.events import EventLog
-from everstep.core.lighthouse import DrainGroup, JobConfig, LighthouseMachine, LinkClosed, LinkMessage, LinkOpened
-from everstep.core.messages import Close, Effect, JournalRecord, Log, Persist, Publish, Send, ToLighthouse
+from everstep.core.lighthouse import (
+    AgentLinkClosed,
+    AgentMessage,
+    DrainGroup,
+    Event,
+    JobConfig,
+    LighthouseMachine,
+    LinkClosed,
+    LinkMessage,
+    LinkOpened,
+)
+from everstep.core.messages import Close, Effect, JournalRecord, Log, Persist, Publish, Send, SendToNodes, ToLighthouse
 from everstep.sim.checkers import Violation
 
 if TYPE_CHECKING:
+    from everstep.sim.agents import Agent
     from everstep.sim.party import Party
     from everstep.sim.world import World
 
@@ -25,6 +36,7 @@ class LighthouseNode:
         self._queue: list[Effect] = []
         self._writing = False
         self._links: dict[int, Party] = {}
+        self._agent_links: dict[int, Agent] = {}
         self._tick_at: float | None = None
         self.logs: list[Log] = []
         self.events = EventLog("sim", "sim", 1000)
@@ -55,6 +67,10 @@ class LighthouseNode:
             else:
                 process.link_lost("the lighthouse died")
         self._links.clear()
+        agents = list(self._agent_links.values())
+        self._agent_links.clear()
+        for agent in agents:
+            agent.link_lost()
 
     def stop(self, seconds: float) -> None:
         """The process is stopped and continued: it notices nothing, its clock goes on."""
@@ -68,6 +84,16 @@ class LighthouseNode:
         if self._links.pop(link, None) is not None:
             self._feed(LinkClosed(link, detail))
 
+    def agent_opened(self, link: int, agent: "Agent") -> None:
+        self._agent_links[link] = agent
+
+    def agent(self, event: AgentMessage | AgentLinkClosed) -> None:
+        """What an agent says, or its link's end."""
+        if event.link in self._agent_links:
+            if isinstance(event, AgentLinkClosed):
+                del self._agent_links[event.link]
+            self._feed(event)
+
     def drain(self, replica_id: str) -> None:
         """The operator's request."""
         self._feed(DrainGroup(replica_id))
@@ -78,7 +104,7 @@ class LighthouseNode:
         if link in self._links:
             self._feed(LinkMessage(link, message))
 
-    def _feed(self, event: LinkOpened | LinkClosed | LinkMessage | DrainGroup) -> None:
+    def _feed(self, event: Event) -> None:
         if self.machine is None:
             return
         if self._world.now < self._stopped_until:
@@ -103,6 +129,12 @@ class LighthouseNode:
                             self._world.count_message()
                             process.from_lighthouse(link, message)  # type: ignore[arg-type]
                             self._world.faults.reached(f"lighthouse:sent:{type(message).__name__}", None)
+                case SendToNodes(to_agent, links):
+                    for link in links:
+                        agent = self._agent_links.get(link)
+                        if agent is not None:
+                            self._world.count_message()
+                            agent.hear(link, to_agent)
                 case Persist(record):
                     self._write(record)
                     self._world.faults.reached("lighthouse:Persist", None)

@@ -1,6 +1,7 @@
 """A process of the virtual world: its machine, its link, its collectives; what it trains is its subclasses' affair."""
 
 import abc
+from collections import deque
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -46,8 +47,10 @@ class Party(abc.ABC):
         self._tick_at: float | None = None
         self._busy: tuple[str, ...] | None = None  # what the training thread waits for
         self.frozen_until = 0.0  # stopped: neither thread runs
+        self.held_until = 0.0  # and for so long that is because a C call holds the GIL
         self._applied_step = -1
         self._history = ""  # that the weights belong to
+        self._unread: deque[tuple[int, ToMember]] = deque()  # came while it was stopped
         self._is_leaving = False
         self._is_ready = False
         self._hangs_next = self._is_hung = False
@@ -55,6 +58,7 @@ class Party(abc.ABC):
     # ---- link
 
     def start(self) -> None:
+        self._world.agents.started(self)
         self.connect()
 
         def ready() -> None:
@@ -108,9 +112,19 @@ class Party(abc.ABC):
             self._down.send(lambda: self._arrived(link, message))
 
     def _arrived(self, link: int, message: ToMember) -> None:
-        if self._world.now < self.frozen_until:
-            self._world.at(self.frozen_until, lambda: self._arrived(link, message))
+        if self._unread or self._world.now < self.frozen_until:
+            self._unread.append((link, message))
+            self._world.at(self.frozen_until, self._read_next)
         elif self.is_alive and link == self._link:
+            self.feed(message)
+
+    def _read_next(self) -> None:
+        """One for each that could not be read when it came: in order, also if it was stopped again meanwhile."""
+        if self._world.now < self.frozen_until:
+            self._world.at(self.frozen_until, self._read_next)
+            return
+        link, message = self._unread.popleft()
+        if self.is_alive and link == self._link:
             self.feed(message)
 
     # ---- both threads
@@ -182,9 +196,16 @@ class Party(abc.ABC):
         self._busy = None
         self._world.leave_quorums(self, None)
         self.link_lost("killed", is_noticed=is_noticed)
+        self._world.agents.ended(self)
 
     def stop(self, seconds: float) -> None:
         self.frozen_until = max(self.frozen_until, self._world.now + seconds)
+
+    def hold(self, seconds: float) -> None:
+        """A C call holds the GIL."""
+        if self._world.now >= self.frozen_until:
+            self.held_until = self._world.now + seconds
+        self.stop(seconds)
 
     def hang(self) -> None:
         """The training thread stands still from its next computation on; the link thread lives."""

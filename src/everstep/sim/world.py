@@ -12,6 +12,7 @@ from everstep.core.messages import Cause, Log
 from everstep.core.moves import ReplicaConfig
 from everstep.core.replica import Replica
 from everstep.core.types import MemberId, QuorumId
+from everstep.sim.agents import Agents
 from everstep.sim.budgets import CLIMATES, GROUPS_MANY, Climate, Faults, Trigger
 from everstep.sim.checkers import Checkers, Violation, Weights
 from everstep.sim.faults import Injector
@@ -74,6 +75,7 @@ class World:
         ranks: int = 1,
         leader_type: type[Leader] = Leader,
         follower_type: type[Follower] = Follower,
+        agents: bool = False,
     ) -> None:
         """What is not given is drawn from the seed. Sabotaged types of machines prove that the checkers can fail."""
         self.seed = seed
@@ -98,11 +100,14 @@ class World:
                 faults = faults.with_those_of_ranks(random.Random(f"ranks {seed}"))
             if groups >= GROUPS_MANY:
                 faults = faults.with_those_of_many(random.Random(f"many {seed}"))
+            if agents:
+                faults = faults.with_those_of_agents(random.Random(f"agents' faults {seed}"))
         self.faults = Injector(self, faults, triggers)
         self.script = Script(seed, self.faults)
         self.keeps_gradients = self.rng.random() < 0.8
         self.freezes_on_notice = random.Random(f"proactive {seed}").random() < 0.9
         self.lighthouse = LighthouseNode(self, self._job_config())
+        self.agents = Agents(self, are_there=agents)
         self.processes: dict[str, Party] = {}  # the newest process of each replica_id; a group's leader
         self.teams = Teams(self)
         self.messages = 0
@@ -195,6 +200,7 @@ class World:
     def start_process(self, replica_id: str) -> None:
         self._starts += 1
         name = f"{replica_id}@{self._starts}"
+        workers = (name, *(f"{name}/{rank}" for rank in range(1, self.ranks))) if self.agents.are_there else ()
         config = ReplicaConfig(
             replica_id=replica_id,
             nonce=name,
@@ -202,6 +208,7 @@ class World:
             expected_replicas=self.groups,
             keeps_gradients=self.keeps_gradients,
             freezes_on_notice=self.freezes_on_notice,
+            workers=workers,
         )
         initial = Weights(value=self._starts)
         if self.ranks > 1:

@@ -31,6 +31,7 @@ class Bucket:
         self._lay_out(header_numbers=0)
         self._inputs: list[torch.Tensor | None] = [None] * len(parameters)
         self._missing = len(parameters)
+        self._work: Work | None = None  # issued, and not known to have ended
         self._version = -1
         self._is_in_place = False  # the parameters' gradients are this step's average
         self.is_chained = False  # an input holds an average of this very step: it cannot be reduced again
@@ -49,6 +50,18 @@ class Bucket:
             offset += parameter.numel()
         self._used = self._flat[offset : offset + counts]
         self._room = self._flat[offset + counts :]
+
+    def _is_held(self) -> bool:
+        """An operation that failed, or was given up, may still write to the buffer."""
+        return self._work is not None and not self._work.is_completed()
+
+    def _leave_buffer(self, header_numbers: int) -> None:
+        """Leave it to that operation, which keeps it alive. Nothing that the script sees lies in it any more."""
+        left = self._views
+        self._lay_out(header_numbers)
+        for parameter, old, new in zip(self.parameters, left, self._views, strict=True):
+            if parameter.grad is old:  # an average of before, undefined by now
+                parameter.grad = new
 
     def carry(self, header: StepHeader) -> bool:
         """Let the step header ride along; smaller floats cannot hold its numbers."""
@@ -90,7 +103,9 @@ class Bucket:
         if self._is_in_place and self.is_changed_by_hand():
             self.was_changed = True
         numbers = len(quorum.members) * ROW_NUMBERS if self._header is not None else 0
-        if self._room.numel() != numbers:
+        if self._is_held():
+            self._leave_buffer(numbers)
+        elif self._room.numel() != numbers:
             self._lay_out(numbers)
         share = 1.0 / len(quorum.members)
         with torch.no_grad():
@@ -105,9 +120,11 @@ class Bucket:
             for index, gradient in enumerate(self._inputs):
                 if gradient is None:
                     self._used[index] = 0.0
-        return group.allreduce(self._flat, ReduceOp.SUM)
+        self._work = group.allreduce(self._flat, ReduceOp.SUM)
+        return self._work
 
     def finish(self) -> None:
+        self._work = None
         if self._header is not None:
             self._header.read(self._room)
         is_used = [True] * len(self.parameters)
@@ -134,6 +151,9 @@ class Bucket:
 
     def reset(self) -> None:
         """The step is decided: let go of the kept gradients."""
+        if self._is_held():
+            self._leave_buffer(self._room.numel())
+        self._work = None
         self._inputs = [None] * len(self.parameters)
         self._missing = len(self.parameters)
         self._header = None

@@ -5,6 +5,7 @@ once, so that the lighthouse sees the group fail, and raise GroupFailed in the s
 ended after a grace.
 """
 
+import dataclasses
 import logging
 import os
 import threading
@@ -117,6 +118,8 @@ class LeaderPresence(RankPresence):
         missing = self._channel.wait_complete(self._settings.connect_timeout_s + MEET_S)
         if missing:
             raise GroupFailed(f"ranks {missing} of this replica group did not come; is WORLD_SIZE={self._group.size}?")
+        workers = (self._worker, *self._channel.workers())
+        self._config = dataclasses.replace(self._config, workers=workers if any(workers) else ())
         super()._start()
 
     def _machine(self, config: ReplicaConfig) -> Replica | Follower:
@@ -201,7 +204,7 @@ class FollowerPresence(RankPresence):
         if self._settings.lighthouse is not None:
             self._recovery_url = self._open_servers(self._own_host())
         self._begin(self._config)
-        self._channel = GroupClient(self._group.rank, self)
+        self._channel = GroupClient(self._group.rank, self, self._worker)
         patience_s = self._settings.connect_timeout_s + MEET_S
         try:
             self._channel.connect(self._place.locate, patience_s)

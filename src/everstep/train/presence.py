@@ -44,6 +44,7 @@ from everstep.core.moves import (
 )
 from everstep.core.replica import Replica
 from everstep.core.types import QuorumId
+from everstep.core.worker_book import worker_name
 from everstep.errors import ConfigError, EverstepError, LighthouseRefused, LighthouseUnreachable
 from everstep.exit_codes import ExitCode
 from everstep.link.auth import Credentials
@@ -63,7 +64,9 @@ class Presence:
 
     def __init__(self, settings: ManagerSettings, replica: ReplicaConfig, host: str | None) -> None:
         self._settings = settings
-        self._config = replica
+        # Not what settings alone say: a child that inherited the environment is another process.
+        self._worker = worker_name(settings.worker, os.getpid()) if settings.worker else ""
+        self._config = dataclasses.replace(replica, workers=(self._worker,) if self._worker else ())
         self.log = JobLog(logging.getLogger("everstep"), self._where)
         self._host = host
         self.auth = TransferAuth(settings.token) if settings.token is not None else None
