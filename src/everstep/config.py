@@ -1,7 +1,8 @@
 """Settings of a trainer and of a lighthouse: explicit arguments first, then the environment, then the default.
 
 Every wrong value is a ConfigError that names the argument or variable, the value, and what to do. Nothing else in the
-package reads the environment, and nothing writes it.
+package reads the environment, and nothing writes it, but for a worker that is forked instead of started anew: it is
+given its environment by `replace_environment`.
 
 | variable | means |
 |---|---|
@@ -15,6 +16,7 @@ package reads the environment, and nothing writes it.
 | RANK, WORLD_SIZE | this process among the ranks of its group, as torchrun sets them; unset: a group of one |
 | EVERSTEP_GROUP_LEADER | `host:port` where rank 0 of the group listens for the others; unset: torchrun's store says |
 | EVERSTEP_WORKER | the agent's name for this start of this process; unset: no agent started it |
+| EVERSTEP_STEPS_FILE | where the agent reads how many steps this process has committed |
 | MASTER_ADDR, MASTER_PORT | where torchrun's agent has its store, if TORCHELASTIC_USE_AGENT_STORE says so |
 | EVERSTEP_MONITOR | set by `everstep run`: where its rank monitor reads this process's heartbeats |
 """
@@ -77,6 +79,7 @@ class ManagerSettings:
     nccl_environment: Mapping[str, str] = dataclasses.field(default_factory=dict, repr=False)  # TORCH_NCCL_*
     group: GroupSettings = dataclasses.field(default_factory=GroupSettings)
     worker: str = ""  # the token that its agent gave this process; "": no agent
+    steps_file: str = ""  # where that agent reads how many steps it has committed
 
     def __post_init__(self) -> None:
         if self.backend not in ("gloo", "nccl"):
@@ -159,6 +162,12 @@ class LighthouseSettings:
         return self.heartbeat_timeout_s / 4
 
 
+def replace_environment(environment: Mapping[bytes, bytes]) -> None:
+    """Make this the whole environment of this process: in a process that was forked to be another program."""
+    os.environb.clear()
+    os.environb.update(environment)
+
+
 def manager_settings(
     *,
     lighthouse: str | None = None,
@@ -205,6 +214,7 @@ def manager_settings(
         ),
         group=_group_settings(group_rank, group_size, env),
         worker=env.get("EVERSTEP_WORKER", ""),
+        steps_file=env.get("EVERSTEP_STEPS_FILE", ""),
     )
 
 

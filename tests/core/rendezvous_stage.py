@@ -1,7 +1,9 @@
 """A stage for recorded transcripts of a rendezvous: one lighthouse, some nodes, and a prompter. See stage.py.
 
-> nodes MIN MAX [ranks=POLICY]     what the nodes that start from now on want
+> nodes MIN MAX [ranks=POLICY] [healthy=N]     what the nodes that start from now on want
 > start a b …                      each connects and joins; NAME/TEXT starts a second process, NAME=3 has number 3
+> restart a                        its workers failed: it wants the next round, knowing of one more restart
+> stand a finished|unhealthy|healthy
 > join a … | leave a | close a round|job | kill a | cut a | connect a | stop a | resume a
 > hold a … | release a …           what a hears waits / arrives
 > hosting no|yes                   whether nodes open the store they are asked for, at once
@@ -15,6 +17,7 @@ from everstep.core.node import NodeMachine
 from everstep.core.node_messages import (
     CloseScope,
     FromNode,
+    NodeHealth,
     NodeHeartbeat,
     NodeSpec,
     StoreCall,
@@ -69,6 +72,7 @@ class RendezvousStage:
             join_timeout_s=30.0,
             last_call_s=5.0,
             ranks=RankPolicy(settings.get("ranks", "previous")),
+            min_healthy=int(settings.get("healthy", "0")),
         )
 
     def _start(self, *names: str) -> None:
@@ -82,6 +86,7 @@ class RendezvousStage:
                 join_timeout_s=self._wants.join_timeout_s,
                 last_call_s=self._wants.last_call_s,
                 ranks=self._wants.ranks,
+                min_healthy=self._wants.min_healthy,
                 infrastructure_rank=int(number) if number else None,
             )
             actor = self.actors[name] = NodeActor(name, NodeMachine("", spec))
@@ -102,6 +107,13 @@ class RendezvousStage:
             self._told(actor)
             self._say(actor, actor.machine.join())
             self._settle()
+
+    def _restart(self, name: str) -> None:
+        machine = self.actors[name].machine
+        self._say(self.actors[name], machine.join(machine.restarts + 1))
+
+    def _stand(self, name: str, health: str) -> None:
+        self._say(self.actors[name], self.actors[name].machine.stand(NodeHealth(health)))
 
     def _leave(self, name: str) -> None:
         self._say(self.actors[name], self.actors[name].machine.leave("asked to"))
@@ -238,6 +250,7 @@ def _said(message: object) -> str:
         ):
             continue
         if name in ("info", "last"):
-            value = f"{value.round} rank {value.rank} of {value.size} store {value.store}"
+            again = f" restarts {value.restarts}" if value.restarts else ""
+            value = f"{value.round} rank {value.rank} of {value.size} store {value.store}{again}"
         words.append(f"{name}={value.value if hasattr(value, 'value') else value}")
     return f"{type(message).__name__} {' '.join(words)}".strip()

@@ -16,10 +16,12 @@ from everstep.core.node_messages import (
     HostStore,
     JoinRound,
     LeaveRendezvous,
+    NodeHealth,
     NodeHello,
     NodeRefusal,
     NodeRefused,
     NodeSpec,
+    NodeStands,
     NodesWaiting,
     NodeWelcome,
     RendezvousClosed,
@@ -57,6 +59,8 @@ class NodeMachine:
         self.stage = NodeStage.IDLE
         self.last: RoundInfo | None = None  # the last completed round it was in
         self.host: RendezvousRound | None = None  # it is asked to open the store of this round
+        self.restarts = 0  # of the group's workers
+        self.health = NodeHealth.HEALTHY
         self.waiting = 0  # nodes for which there is room in the next round
         self.closed: RendezvousClosed | None = None
         self.refusal: NodeRefused | None = None  # to be told at the next call
@@ -70,7 +74,8 @@ class NodeMachine:
     def link_up(self) -> list[FromNode]:
         self.is_registered = False
         running: list[FromNode] = [WorkersRunning(tuple(self._workers))] if self._workers else []
-        return [self._hello(), *self._ended, *running]
+        stands: list[FromNode] = self.stand(self.health) if self.health is not NodeHealth.HEALTHY else []
+        return [self._hello(), *self._ended, *running, *stands]
 
     def link_down(self) -> None:
         self.is_registered = False
@@ -100,6 +105,7 @@ class NodeMachine:
         if self.stage is NodeStage.JOINING and (self.last is None or self.last.round != info.round):
             self.stage, self.last, self.host = NodeStage.MEMBER, info, None
             self.waiting, self.why_dissolved = 0, ""
+            self.restarts, self.health = max(self.restarts, info.restarts), NodeHealth.HEALTHY
 
     def _close(self, message: RendezvousClosed) -> None:
         if self.closed is None or self.closed.scope is CloseScope.ROUND:
@@ -134,6 +140,7 @@ class NodeMachine:
             is_member=self.stage is NodeStage.MEMBER,
             is_joining=self.stage is NodeStage.JOINING,
             is_closed=self.closed is not None and self.closed.scope is CloseScope.JOB,
+            restarts=self.restarts,
         )
 
     # ---- its workers (core/agents.py is the other side)
@@ -161,8 +168,9 @@ class NodeMachine:
         refusal, self.refusal = self.refusal, None
         return refusal
 
-    def join(self) -> list[FromNode]:
-        """Ask for the next round; the one it is in, if any, is over for it."""
+    def join(self, restarts: int = 0) -> list[FromNode]:
+        """Ask for the next round; the one it is in, if any, is over for it. `restarts`: as in JoinRound."""
+        self.restarts = max(self.restarts, restarts)
         if self.stage is NodeStage.JOINING:
             return []
         if self.closed is not None and self.closed.scope is CloseScope.ROUND:
@@ -170,7 +178,14 @@ class NodeMachine:
         self.stage, self.refusal, self.waiting, self.why_dissolved = NodeStage.JOINING, None, 0, ""
         if not self.is_registered:
             return [self._hello()]
-        return [JoinRound(self.last.round if self.last is not None else None)]
+        return [JoinRound(self.last.round if self.last is not None else None, self.restarts)]
+
+    def stand(self, health: NodeHealth) -> list[FromNode]:
+        """How this node stands in its round; nothing once that is over."""
+        if self.stage is not NodeStage.MEMBER or self.last is None:
+            return []
+        self.health = health
+        return [NodeStands(self.last.round, health)]
 
     def hosted(self, round_: RendezvousRound, address: str) -> list[FromNode]:
         """The store of the round that it was asked to host is open there."""

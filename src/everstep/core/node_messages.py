@@ -56,6 +56,14 @@ class StoreStatus(str, enum.Enum):
     FULL = "full"  # a bound of the store is reached; `detail` says which
 
 
+class NodeHealth(str, enum.Enum):
+    """How a node stands in its complete round."""
+
+    HEALTHY = "healthy"  # all of its workers run
+    UNHEALTHY = "unhealthy"  # one failed, and nobody is to start again for that (`min_healthy`)
+    FINISHED = "finished"  # all of its workers have ended cleanly
+
+
 class NodeSpec(msgspec.Struct, frozen=True, kw_only=True):
     """A node, and what it wants. `node_id` is its name in every round; `nonce` names its process."""
 
@@ -69,6 +77,7 @@ class NodeSpec(msgspec.Struct, frozen=True, kw_only=True):
     infrastructure_rank: int | None = None  # SLURM_PROCID, else GROUP_RANK
     domain: str = ""  # for RankPolicy.TOPOLOGY: nodes that share a switch, say
     domain_size: int = 0  # nodes that make a domain whole; 0: as many as the largest has
+    min_healthy: int = 0  # a round stands while so many of its nodes are healthy; 0: while all of them live
 
 
 class RoundInfo(msgspec.Struct, frozen=True, array_like=True):
@@ -78,6 +87,7 @@ class RoundInfo(msgspec.Struct, frozen=True, array_like=True):
     rank: int
     size: int
     store: str
+    restarts: int = 0  # after failures of workers: the most that any of its nodes knew of
 
 
 # ---- node to lighthouse
@@ -93,12 +103,21 @@ class NodeHello(msgspec.Struct, frozen=True, kw_only=True, tag="node_hello"):
     is_member: bool = False  # and it has not heard that this round is over
     is_joining: bool = False
     is_closed: bool = False  # it knows that this rendezvous is closed for good
+    restarts: int = 0
 
 
 class JoinRound(msgspec.Struct, frozen=True, tag="join_round"):
     """Wants into the next round. `known` is the last completed one it was in: that one is over for it."""
 
     known: RendezvousRound | None = None
+    restarts: int = 0  # of its group's workers after failures, as far as this node knows
+
+
+class NodeStands(msgspec.Struct, frozen=True, tag="node_stands"):
+    """How it stands in this round. When all healthy nodes have finished, the rendezvous is closed."""
+
+    round: RendezvousRound
+    health: NodeHealth
 
 
 class StoreHosted(msgspec.Struct, frozen=True, tag="store_hosted"):
@@ -234,7 +253,15 @@ class Fence(msgspec.Struct, frozen=True, tag="fence"):
 
 FromAgent = WorkersRunning | WorkerEnded | Vouched
 FromNode = (
-    NodeHello | JoinRound | StoreHosted | LeaveRendezvous | CloseRendezvous | NodeHeartbeat | StoreCall | FromAgent
+    NodeHello
+    | JoinRound
+    | NodeStands
+    | StoreHosted
+    | LeaveRendezvous
+    | CloseRendezvous
+    | NodeHeartbeat
+    | StoreCall
+    | FromAgent
 )
 ToNode = (
     NodeWelcome

@@ -15,21 +15,24 @@ from everstep.core.node_messages import (
     FromNode,
     JoinRound,
     LeaveRendezvous,
+    NodeHealth,
     NodeHeartbeat,
     NodeHello,
     NodeRefusal,
     NodeRefused,
+    NodeStands,
     NodeWelcome,
     RendezvousClosed,
     StoreCall,
     StoreHosted,
 )
-from everstep.core.rendezvous_nodes import Evictions, Lost, Node, NodeRoster, RendezvousConfig
+from everstep.core.rendezvous_nodes import ROUNDS_MAX, Evictions, Lost, Node, NodeRoster, RendezvousConfig
 from everstep.core.rounds import Rounds, Stage
 from everstep.core.types import RendezvousRound
 
 __all__ = ["NodeLinkClosed", "NodeMessage", "RendezvousConfig", "RendezvousEvent", "RendezvousMachine", "Stage"]
 
+FINISHED = "every node has finished"  # why a rendezvous was closed by itself
 REASON_CHARS_MAX = 200
 
 
@@ -61,6 +64,7 @@ class RendezvousMachine:
         self._return_until: float | None = None  # until then, nodes of a round of before may come back
         self._closed: str | None = None  # why
         self._closed_until: float | None = None
+        self._ended: dict[str, None] = {}  # nodes that knew of it, and have gone
 
     # ---- the machine contract
 
@@ -89,8 +93,9 @@ class RendezvousMachine:
             if self._rounds.is_short:
                 missing = self._rounds.size - len(self._rounds.ranks)
                 out += self._rounds.dissolve(f"{missing} nodes did not come back after a restart of the lighthouse")
+            out += self._judge("its nodes are back")
         if self._closed_until is not None and now >= self._closed_until:
-            self._closed, self._closed_until, self._rounds.is_closed = None, None, False
+            self._reopen()
         if self._return_until is None and self._closed is None:
             out += self._rounds.form(now)
         return out + self._rounds.tell_waiting(now)
@@ -129,8 +134,11 @@ class RendezvousMachine:
         match message:
             case NodeHeartbeat():
                 pass
-            case JoinRound(known):
+            case JoinRound(known, restarts):
+                node.restarts = max(node.restarts, min(restarts, ROUNDS_MAX))
                 out += self._join(node, known)
+            case NodeStands(round_, health):
+                out += self._stands(node, round_, health)
             case StoreHosted(round_, address):
                 out += self._rounds.hosted(node, round_, address)
             case LeaveRendezvous(reason):
@@ -158,6 +166,7 @@ class RendezvousMachine:
         if spec.node_id not in self._roster.nodes:
             out.append(Log("node came", {"group": self._config.group, "node": spec.node_id}))
         node = self._roster.register(spec, link, now)
+        node.restarts = max(node.restarts, hello.restarts)
         config = self._config
         out.append(
             SendToNodes(NodeWelcome(config.life, config.heartbeat_interval_s, config.heartbeat_timeout_s), (link,)),
@@ -167,6 +176,8 @@ class RendezvousMachine:
     def _go_on(self, node: Node, hello: NodeHello, now: float) -> list[Effect]:
         """Where this node stood when its link, or the lighthouse, went."""
         out: list[Effect] = []
+        if hello.is_joining and node.spec.node_id in self._ended and len(self._roster.nodes) == 1:
+            self._reopen()  # a node that saw the end is started again, and nobody is left of before: a new run
         if hello.lighthouse not in ("", self._config.life) and now < self._settled_at:
             self._return_until = self._settled_at  # this lighthouse has lost its memory: others will come back too
         if hello.is_closed:
@@ -186,7 +197,7 @@ class RendezvousMachine:
             out += self._join(node, last.round, last.rank) if last is not None else self._join(node, None)
         if self._return_until is not None and self._rounds.are_all_back:
             self._settle(now)
-        return out
+        return out + self._judge("its nodes are back")
 
     def _settle(self, now: float) -> None:
         """Everybody is back."""
@@ -205,6 +216,23 @@ class RendezvousMachine:
         if scope is CloseScope.JOB:
             self._closed, self._rounds.is_closed = why, True
         return self._rounds.close(scope, why)
+
+    def _stands(self, node: Node, round_: RendezvousRound, health: NodeHealth) -> list[Effect]:
+        if not self._rounds.is_in(node.spec.node_id, round_):
+            return []
+        node.health = health
+        return self._judge(f"node {node.spec.node_id} is {health.value}")
+
+    def _judge(self, why: str) -> list[Effect]:
+        """Whether the round can go on, or has come to its end; only while everybody is back."""
+        if self._return_until is not None or self._closed is not None:
+            return []
+        out = self._rounds.judge(why)
+        return out + (self._close(CloseScope.JOB, FINISHED) if self._rounds.is_finished else [])
+
+    def _reopen(self) -> None:
+        self._closed, self._closed_until, self._rounds.is_closed = None, None, False
+        self._ended.clear()
 
     def _contend(self, old: Node, link: int, hello: NodeHello) -> list[Effect]:
         """Another process has this id. Whoever holds it keeps it if it is heard of again; if not, it is dead."""
@@ -258,7 +286,10 @@ class RendezvousMachine:
         self._roster.remove(node_id)
         out: list[Effect] = [Log("node gone", {"group": self._config.group, "node": node_id, "why": why})]
         out += self._rounds.gone(node_id, why, now)
-        if self._closed is not None and not self._roster.nodes:
+        out += self._judge(f"node {node_id} is gone: {why}")
+        if self._closed is not None:
+            self._ended[node_id] = None
+        if self._closed is not None and not self._roster.nodes and self._closed_until is None:
             self._closed_until = now + self._config.closed_kept_s
         if node.contender is not None:
             self._contending.pop(node.contender[0], None)

@@ -5,7 +5,7 @@ import dataclasses
 import math
 
 from everstep.core.messages import Cause
-from everstep.core.node_messages import NodeHello, NodeSpec
+from everstep.core.node_messages import NodeHealth, NodeHello, NodeSpec
 from everstep.core.ranks import RankPolicy
 from everstep.core.types import REPLICA_ID_CHARS_MAX
 
@@ -41,6 +41,8 @@ class Node:
     spec: NodeSpec
     link: int | None
     arrived: int
+    restarts: int = 0  # of its group's workers, as far as it knows
+    health: NodeHealth = NodeHealth.HEALTHY  # in the round that it is in
     contender: tuple[int, NodeHello] | None = None  # another process with its id, until either of them is heard of
 
 
@@ -151,12 +153,14 @@ class NodeRoster:
             value = getattr(spec, name)
             if not 0 <= value <= DURATION_MAX_S:
                 return f"{name} is {value}; it must be from 0 to {DURATION_MAX_S:g}"
+        if not 0 <= spec.min_healthy <= spec.max_nodes or not 0 <= hello.restarts <= ROUNDS_MAX:
+            return f"min_healthy {spec.min_healthy} or {hello.restarts} restarts cannot be"
         if spec.ranks is RankPolicy.INFRASTRUCTURE:
             flaw = self._number_flaw(spec)
             if flaw:
                 return flaw
         other = next((n.spec for n in self.nodes.values() if n.spec.node_id != spec.node_id), None)
-        for name in ("min_nodes", "max_nodes", "ranks") if other is not None else ():
+        for name in ("min_nodes", "max_nodes", "ranks", "min_healthy") if other is not None else ():
             mine, theirs = getattr(spec, name), getattr(other, name)
             if mine != theirs:
                 return f"{name} is {_plain(mine)} here and {_plain(theirs)} on the other nodes: start all of them alike"

@@ -16,6 +16,7 @@ from everstep.core.messages import Close, Effect, Log, Publish, SendToNodes
 from everstep.core.node_messages import (
     CloseScope,
     HostStore,
+    NodeHealth,
     NodeRefusal,
     NodeRefused,
     NodesWaiting,
@@ -57,6 +58,7 @@ class Rounds:
         self.host_until: float | None = None
         self.is_closed = False  # for good
         self._address = ""
+        self._restarts = 0
         self._numbered = 0  # the highest number of a round that was ever heard of
         self._over = 0  # rounds up to this number are over for certain
         self._remembered = (0, 0)  # number and size of the round before a restart of the lighthouse
@@ -141,10 +143,30 @@ class Rounds:
                 if not self.ranks:
                     self._end()
                 return []
+            if self._min_healthy():
+                return []  # that depends on how many are left: `judge`
             return self.dissolve(f"node {node_id} is gone: {why}")
         self._end()
         self._barrier.last_call_at = now  # those who are left had come in time
         return [Log("round not completed", {"group": self._config.group, "why": f"node {node_id} is gone: {why}"})]
+
+    def judge(self, why: str) -> list[Effect]:
+        """`why` changed how its nodes are: where they ask for it (`min_healthy`), see whether enough are healthy."""
+        if self.stage is not Stage.COMPLETE or self.is_closed or not self.ranks or not self.is_short:
+            return []
+        return self.dissolve(why)
+
+    @property
+    def is_finished(self) -> bool:
+        """Every node that can has come to the end of its work."""
+        healths = self._healths() if self.stage is Stage.COMPLETE and not self.is_short else []
+        return NodeHealth.FINISHED in healths and NodeHealth.HEALTHY not in healths
+
+    def _healths(self) -> list[NodeHealth]:
+        return [self._roster.nodes[node_id].health for node_id in self.ranks]
+
+    def _min_healthy(self) -> int:
+        return next(iter(self._roster.nodes.values())).spec.min_healthy if self._roster.nodes else 0
 
     def tell(self, node: Node) -> list[Effect]:
         """It is in the round, and its link is new."""
@@ -189,7 +211,9 @@ class Rounds:
             return [Close(node.link or 0, f"an address of {len(address)} characters for its store")]
         self.stage, self._address, self.host_until = Stage.COMPLETE, address, None
         self._store = RoundStore()
+        self._restarts = max(self._roster.nodes[node_id].restarts for node_id in self.ranks)
         for node_id in self.ranks:
+            self._roster.nodes[node_id].health = NodeHealth.HEALTHY
             self._barrier.here.pop(node_id)
         self._barrier.rest()
         self._told_waiting = 0
@@ -202,7 +226,7 @@ class Rounds:
 
     def _complete_for(self, node_id: str) -> RoundComplete:
         assert self.round is not None
-        return RoundComplete(RoundInfo(self.round, self.ranks[node_id], self.size, self._address))
+        return RoundComplete(RoundInfo(self.round, self.ranks[node_id], self.size, self._address, self._restarts))
 
     def dissolve(self, why: str, knows: str = "") -> list[Effect]:
         """The round is over; its living nodes are told, but for the one that `knows`."""
@@ -264,7 +288,7 @@ class Rounds:
                 self.stage, self.round, self.ranks = Stage.COMPLETE, last.round, {}
                 self._taken.clear()
                 self._remembered = (last.round.n, last.size)
-                self.size, self._address = last.size, last.store
+                self.size, self._address, self._restarts = last.size, last.store, last.restarts
                 self._told_waiting = 0
         self.heard_of(last.round)
         is_free = is_returning and last.rank not in self._taken and 0 <= last.rank < self.size
@@ -304,8 +328,12 @@ class Rounds:
 
     @property
     def is_short(self) -> bool:
-        """Complete, but some of its nodes have not come back."""
-        return self.stage is Stage.COMPLETE and len(self.ranks) < self.size
+        """Complete, but some of its nodes are not there, or too few of them are healthy."""
+        if self.stage is not Stage.COMPLETE:
+            return False
+        wanted = self._min_healthy()
+        healthy = sum(health is not NodeHealth.UNHEALTHY for health in self._healths())
+        return healthy < wanted if wanted else len(self.ranks) < self.size
 
     def status(self) -> dict[str, object]:
         ranks = itertools.islice(self.ranks, NAMES_MAX)

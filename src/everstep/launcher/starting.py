@@ -31,8 +31,8 @@ class RunAs(enum.Enum):
 class Launch:
     """One worker to start. `environment` is all of it; nothing is added from the agent's own.
 
-    `stdout`, `stderr`: descriptors of the agent that the worker gets as its 1 and 2 (it gets duplicates; the caller
-    keeps its own, and may close them once `start` is back). None: the agent's own. Its stdin is /dev/null.
+    `stdin`, `stdout`, `stderr`: descriptors of the agent that the worker gets as its 0, 1 and 2 (it gets duplicates;
+    the caller keeps its own, and may close them once `start` is back). None: /dev/null, and the agent's own two.
     """
 
     run_as: RunAs
@@ -40,6 +40,7 @@ class Launch:
     args: tuple[str, ...] = ()
     environment: Mapping[str, str]
     cwd: str
+    stdin: int | None = None
     stdout: int | None = None
     stderr: int | None = None
 

@@ -64,6 +64,11 @@ class Lighthouse:
         return self._address
 
     @property
+    def links(self) -> int:
+        """How many members and nodes are connected. Any thread."""
+        return self._server.links if self._server is not None else 0
+
+    @property
     def url(self) -> str:
         return f"{'https' if self._settings.tls_cert else 'http'}://{self._address}"
 

@@ -15,6 +15,7 @@ from everstep.core.node_messages import (
     CloseScope,
     Fence,
     FromNode,
+    NodeHealth,
     NodeHeartbeat,
     NodeRefusal,
     NodeSpec,
@@ -93,8 +94,10 @@ class NodeClient:
 
     # ---- rounds
 
-    def next_round(self, open_store: Callable[[], str]) -> RoundInfo:
+    def next_round(self, open_store: Callable[[], str], restarts: int = 0) -> RoundInfo:
         """Leave the round this node is in, and wait for the next to be complete. Blocks.
+
+        `restarts`: of the group's workers after failures, as far as this node knows; `RoundInfo` has what all know.
 
         `open_store` is called on this thread if this node is to host the round's store; it returns `host:port`.
         Raises RendezvousTimedOut, RendezvousEnded, NodeEvicted (once; the next call joins anew), ConfigError,
@@ -103,7 +106,7 @@ class NodeClient:
         with self._changed:
             self._raise_if_refused()
             self._raise_if_ended()
-            self._say(self._machine.join())
+            self._say(self._machine.join(restarts))
             while True:
                 self._raise_if_refused()
                 self._raise_if_closed()
@@ -140,12 +143,24 @@ class NodeClient:
             )
         return left
 
+    def stand(self, health: NodeHealth) -> None:
+        """Say how this node stands in its round; once all healthy nodes have FINISHED, the rendezvous is closed."""
+        with self._changed:
+            self._say(self._machine.stand(health))
+
     @property
     def needs_new_round(self) -> bool:
         """The round is over, or nodes wait for which there is room. Raises NodeEvicted, once. False without a link."""
         with self._changed:
             self._raise_if_refused()
             return self._machine.needs_new_round
+
+    def is_in(self, info: RoundInfo) -> bool:
+        """Whether this round stands, and this node is in it, as far as it knows. Raises NodeEvicted, once."""
+        with self._changed:
+            self._raise_if_refused()
+            last = self._machine.last
+            return self._machine.stage is NodeStage.MEMBER and last is not None and last.round == info.round
 
     @property
     def is_open(self) -> bool:

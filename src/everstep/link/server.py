@@ -80,6 +80,11 @@ class LinkServer:
         self._unguard = fork_guard.guard(self._fds)
         self._is_closed = False
 
+    @property
+    def links(self) -> int:
+        """How many are connected and authenticated. Any thread."""
+        return len(self._links)
+
     async def handle(self, request: web.Request) -> web.StreamResponse:
         if "Origin" in request.headers:
             # A web page somewhere would use its reader's access to this port; trainers send no Origin.

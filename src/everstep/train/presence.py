@@ -55,6 +55,7 @@ from everstep.link.path_watch import LongWait, PathWatch
 from everstep.logs import JobLog
 from everstep.recovery import Fetch, RecoveryServer, ServerOptions, TransferAuth
 from everstep.train.phases import Phases
+from everstep.train.steps_file import StepsFile
 
 EXIT_STUCK_S = 3.0  # it may stand still because nobody reads its stderr
 
@@ -64,6 +65,7 @@ class Presence:
 
     def __init__(self, settings: ManagerSettings, replica: ReplicaConfig, host: str | None) -> None:
         self._settings = settings
+        self.steps_file = StepsFile(settings.steps_file)
         # Not what settings alone say: a child that inherited the environment is another process.
         self._worker = worker_name(settings.worker, os.getpid()) if settings.worker else ""
         self._config = dataclasses.replace(replica, workers=(self._worker,) if self._worker else ())
@@ -144,6 +146,7 @@ class Presence:
     def _begin(self, config: ReplicaConfig) -> None:
         self._replica = self._machine(config)
         self._replica.ledger.begin(time.monotonic())
+        self.steps_file.open()
         self._driver = Driver(self._replica, self._perform, lock=self.changed, on_crash=self.on_failed)
 
     def __exit__(
@@ -164,6 +167,7 @@ class Presence:
             self.feed(Leave(reason))
 
     def _close_servers(self) -> None:
+        self.steps_file.close()
         if self._driver is not None:
             self._driver.close()
         self._paths.close()

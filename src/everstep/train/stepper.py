@@ -155,7 +155,10 @@ class Stepper:
         if self._presence.group_size > 1:
             self._presence.feed(Deciding(together))
         self._drive(lambda _: False)
-        return self._close()
+        decision = self._close()
+        if decision.committed:
+            self._presence.steps_file.count()
+        return decision
 
     # ---- the loop
 
