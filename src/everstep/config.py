@@ -271,8 +271,7 @@ def node_environment(environ: Mapping[str, str] | None = None) -> NodeEnvironmen
 
 def monitor_paths(environ: Mapping[str, str] | None = None) -> tuple[str, str] | None:
     """The page that the agent's rank monitor reads, and where it is woken. None: there is no monitor."""
-    env = os.environ if environ is None else environ
-    page, comma, wake = env.get("EVERSTEP_MONITOR", "").partition(",")
+    page, comma, wake = (os.environ if environ is None else environ).get("EVERSTEP_MONITOR", "").partition(",")
     return (page, wake) if comma and page and wake else None
 
 
