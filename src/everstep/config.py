@@ -16,7 +16,6 @@ package reads the environment, and nothing writes it.
 | EVERSTEP_GROUP_LEADER | `host:port` where rank 0 of the group listens for the others; unset: torchrun's store says |
 | EVERSTEP_WORKER | the agent's name for this start of this process; unset: no agent started it |
 | MASTER_ADDR, MASTER_PORT | where torchrun's agent has its store, if TORCHELASTIC_USE_AGENT_STORE says so |
-| EVERSTEP_MONITOR | set by `everstep run`: where its rank monitor reads this process's heartbeats |
 """
 
 import dataclasses
@@ -257,12 +256,6 @@ def node_environment(environ: Mapping[str, str] | None = None) -> NodeEnvironmen
         tls_ca=_path(None, env, "EVERSTEP_TLS_CA"),
         shares_store=env.get("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "0") != "1",  # torch's own switch
     )
-
-
-def monitor_paths(environ: Mapping[str, str] | None = None) -> tuple[str, str] | None:
-    """The page that the agent's rank monitor reads, and where it is woken. None: there is no monitor."""
-    page, comma, wake = (os.environ if environ is None else environ).get("EVERSTEP_MONITOR", "").partition(",")
-    return (page, wake) if comma and page and wake else None
 
 
 def job_token(
