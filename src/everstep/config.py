@@ -18,7 +18,6 @@ given its environment by `replace_environment`.
 | EVERSTEP_WORKER | the agent's name for this start of this process; unset: no agent started it |
 | EVERSTEP_STEPS_FILE | where the agent reads how many steps this process has committed |
 | MASTER_ADDR, MASTER_PORT | where torchrun's agent has its store, if TORCHELASTIC_USE_AGENT_STORE says so |
-| EVERSTEP_MONITOR | set by `everstep run`: where its rank monitor reads this process's heartbeats |
 """
 
 import dataclasses
@@ -267,12 +266,6 @@ def node_environment(environ: Mapping[str, str] | None = None) -> NodeEnvironmen
         tls_ca=_path(None, env, "EVERSTEP_TLS_CA"),
         shares_store=env.get("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "0") != "1",  # torch's own switch
     )
-
-
-def monitor_paths(environ: Mapping[str, str] | None = None) -> tuple[str, str] | None:
-    """The page that the agent's rank monitor reads, and where it is woken. None: there is no monitor."""
-    page, comma, wake = (os.environ if environ is None else environ).get("EVERSTEP_MONITOR", "").partition(",")
-    return (page, wake) if comma and page and wake else None
 
 
 def job_token(

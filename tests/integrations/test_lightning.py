@@ -108,14 +108,14 @@ def test_a_save_is_a_section(tmp_path: Path, lightning: dict[str, Any]) -> None:
 
 
 def test_an_exception_closes_what_is_open(tmp_path: Path, lightning: dict[str, Any]) -> None:
-    class Fails(lightning["Model"]):  # type: ignore[misc]
-        def training_step(self, batch: Any, index: int) -> Any:
-            raise ArithmeticError(index)
+    def fail(self: Any, batch: Any, index: int) -> Any:
+        raise ArithmeticError(index)
 
+    fails = type("Fails", (lightning["Model"],), {"training_step": fail})
     client = Seen()
     trainer = lightning["trainer"](tmp_path, FaultToleranceCallback(client=client), max_epochs=1)
     with pytest.raises(ArithmeticError):
-        trainer.fit(Fails(), lightning["data"])
+        trainer.fit(fails(), lightning["data"])
     assert here.open_sections() == []
     assert not client.is_initialized
 

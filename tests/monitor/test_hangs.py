@@ -89,14 +89,16 @@ forever(0.9)
 
 @pytest.mark.parametrize("place", ["import", "silence"])
 def test_a_hang_before_the_first_beat_is_counted_from_the_spawn(spawn: Spawner, place: str) -> None:
-    imports = "import threading; threading.Event().wait()"
-    source = imports if place == "import" else f"{BEGIN}from everstep.monitor import attach\nattach()\nforever()"
+    """In an import of a worker whose starter has made it show stacks before anything else, and in one that has not."""
+    first = "from everstep.monitor.first import show_stacks_on_request\nshow_stacks_on_request()\n"
+    source = f"{first if place == 'import' else ''}import threading\nthreading.Event().wait()"
     with Agent(spawn, limits(initial=1.0)) as agent:
         agent.start(0, source)
         event = hung(agent)
     assert (event.mechanism, event.limit_s) == ("initial", 1.0)
     assert 1.0 <= event.age_s < 2.0
-    assert ("forever" in event.report() or "wait" in event.stacks[0]) is (place == "silence")
+    assert ("in wait" in event.stacks[0]) is (place == "import")
+    assert ("no stacks" in event.report()) is (place == "silence")
 
 
 def test_a_c_call_that_holds_the_gil_shows_its_stack_and_is_ended(spawn: Spawner) -> None:

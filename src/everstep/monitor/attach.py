@@ -5,18 +5,14 @@ left behind however either side ends. Anything that is wrong is said once, and t
 """
 
 import contextlib
-import faulthandler
 import logging
 import os
-import signal
 import threading
 
-from everstep.config import monitor_paths
 from everstep.monitor import page
 from everstep.monitor.beats import Beats
-
-# Real-time, so that no script or scheduler means anything by it; glibc keeps the first two for itself.
-STACKS_SIGNAL = signal.SIGRTMIN + 6
+from everstep.monitor.first import write_stacks_to
+from everstep.worker_environment import monitor_paths
 
 _log = logging.getLogger("everstep.monitor")
 _said: set[str] = set()
@@ -93,10 +89,8 @@ def _attach() -> None:
         return
     here.rebind(words)
     words[page.W_PID] = os.getpid()
-    with contextlib.suppress(
-        ValueError, RuntimeError, OSError
-    ):  # without it a hang shows no stacks, and is ended all the same
-        faulthandler.register(STACKS_SIGNAL, file=fd, all_threads=True, chain=False)
+    with contextlib.suppress(OSError):
+        write_stacks_to(fd)
     _attachment.append(Attachment(wake_path))
 
 

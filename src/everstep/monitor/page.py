@@ -17,6 +17,8 @@ import zlib
 from collections.abc import Callable
 from typing import Any
 
+from everstep.monitor.first import STACKS_OFFSET
+
 MAGIC = 0x3130455041475645  # "EVGAPE01"
 # Words of the header.
 W_MAGIC, W_PID, W_ROWS, W_FLAGS = 0, 1, 2, 3
@@ -37,7 +39,6 @@ LETTER = ROWS + ROWS_MAX * ROW_WORDS
 LETTER_BYTES_MAX = 16384
 WORDS = LETTER + LETTER_BYTES_MAX // 8
 PAGE_BYTES = 8 * WORDS
-STACKS_OFFSET = 65536  # a multiple of every page size of the kernel; faulthandler writes there
 assert PAGE_BYTES <= STACKS_OFFSET
 
 Words = memoryview
@@ -58,7 +59,7 @@ def new_page() -> tuple[int, Words]:
 
 
 def open_page(path: str) -> tuple[int, Words]:
-    """The worker's side. The descriptor stands where stacks are to be written. Raises OSError."""
+    """The worker's side. Raises OSError."""
     fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
     try:
         if os.fstat(fd).st_size < STACKS_OFFSET:
@@ -66,7 +67,6 @@ def open_page(path: str) -> tuple[int, Words]:
         words = _map(fd)
         if words[W_MAGIC] != MAGIC:
             raise OSError(f"{path} is the page of another version's monitor")
-        os.lseek(fd, STACKS_OFFSET, os.SEEK_SET)
     except BaseException:
         os.close(fd)
         raise

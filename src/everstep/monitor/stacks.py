@@ -11,8 +11,7 @@ import signal
 import time
 from collections.abc import Sequence
 
-from everstep.monitor.attach import STACKS_SIGNAL
-from everstep.monitor.page import STACKS_OFFSET
+from everstep.monitor.first import STACKS_OFFSET, STACKS_SIGNAL
 from everstep.monitor.processes import blocking, catches, in_group, is_handling, process
 
 LOOK_S = 0.001
