@@ -335,7 +335,7 @@ class HangJudge:
         waiting = tuple((o, section.name) for o in held for section in self._ranks[o].view.sections if section.waits)
         detail = clock.told(now)
         if blamed_by is not None:
-            detail = f"rank {blamed_by} waits for it: {detail}"
+            detail = f"another rank waits for it: {detail}"
         return Hung(rank, detail, clock, waiting, blamed_by)
 
     def _is_held_by(self, waiter: _Rank, holder: _Rank, clock: Clock) -> bool:

@@ -60,6 +60,7 @@ class Ending:
             waiting=waiting,
             stacks=stacks,
             signal=self._signal,
+            names={number: one.name for number, one in ranks.items()},
         )
         if watched.log_fd is not None:
             with contextlib.suppress(OSError):  # a full disk, a reader that has gone: the rank is ended all the same

@@ -44,18 +44,22 @@ class RankHung(RankEvent):
     waiting: tuple[tuple[int, str], ...]
     stacks: dict[int, str]
     signal: int
+    names: dict[int, str]
 
     def report(self) -> str:
         """For the rank's log."""
-        lines = [f"everstep: rank {self.rank} hangs: {self.detail}"]
+        name = self.names[self.rank]
+        lines = [f"everstep: {name} hangs: {self.detail}"]
         if self.culprit == self.rank:
-            lines.append(f"everstep: the others wait for rank {self.rank}")
+            lines.append(f"everstep: the others wait for {name}")
         elif self.culprit is not None:
-            lines.append(f"everstep: it waits for rank {self.culprit}, which is where the trouble is")
-        lines += [f"everstep: rank {rank} waits in {where}" for rank, where in self.waiting]
+            lines.append(f"everstep: it waits for {self.names[self.culprit]}, which is where the trouble is")
+        lines += [f"everstep: {self.names[rank]} waits in {where}" for rank, where in self.waiting]
         if not self.stacks.get(self.rank):
-            lines.append("everstep: no stacks: its process could not show them (imports, or not Python)")
-        lines += [f"everstep: stacks of rank {rank}:\n{text.rstrip()}" for rank, text in self.stacks.items() if text]
+            lines.append("everstep: no stacks: its process could not show them (it is not Python, or just begins)")
+        lines += [
+            f"everstep: stacks of {self.names[rank]}:\n{text.rstrip()}" for rank, text in self.stacks.items() if text
+        ]
         return "\n".join(lines) + "\n"
 
 

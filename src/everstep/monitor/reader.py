@@ -45,13 +45,14 @@ class Watched(Protocol):
 
 @dataclasses.dataclass
 class WatchedRank:
-    """`log_fd`: where this rank's stacks are written, too."""
+    """`log_fd`: where this rank's stacks are written, too; `name`: what reports call it."""
 
     process: Watched
     fd: int
     reader: PageReader
     letters: Letters
     log_fd: int | None = None
+    name: str = ""
 
     @property
     def source(self) -> StackSource:
@@ -112,11 +113,13 @@ class Monitor:
         folder = f"/proc/{os.getpid()}/fd"
         return {VARIABLE: f"{folder}/{fd},{folder}/{self._wake_write}"}
 
-    def add_rank(self, rank: int, process: Watched, log_fd: int | None = None) -> None:
+    def add_rank(self, rank: int, process: Watched, log_fd: int | None = None, name: str = "") -> None:
         """It runs since `process.started_at`. `log_fd` is the caller's, and open until `remove_rank`."""
         with self._lock:
             fd, words = self._pages[rank]
-            self._ranks[rank] = WatchedRank(process, fd, PageReader(words), Letters(words), log_fd)
+            self._ranks[rank] = WatchedRank(
+                process, fd, PageReader(words), Letters(words), log_fd, name or f"rank {rank}"
+            )
             self._judge.watch(rank, process.started_at, time.monotonic())
         self._wake()
 
