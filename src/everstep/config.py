@@ -1,8 +1,7 @@
 """Settings of a trainer and of a lighthouse: explicit arguments first, then the environment, then the default.
 
 Every wrong value is a ConfigError that names the argument or variable, the value, and what to do. Nothing else in the
-package reads the environment, and nothing writes it, but for a worker that is forked instead of started anew: it is
-given its environment by `replace_environment`.
+package reads the environment, and nothing writes it, but for `replace_environment` in a worker that is forked.
 
 | variable | means |
 |---|---|
@@ -15,8 +14,7 @@ given its environment by `replace_environment`.
 | EVERSTEP_PROACTIVE_RECOVERY | 0: a notice of a failure interrupts nothing; collectives must fail by themselves |
 | RANK, WORLD_SIZE | this process among the ranks of its group, as torchrun sets them; unset: a group of one |
 | EVERSTEP_GROUP_LEADER | `host:port` where rank 0 of the group listens for the others; unset: torchrun's store says |
-| EVERSTEP_WORKER | the agent's name for this start of this process; unset: no agent started it |
-| EVERSTEP_STEPS_FILE | where the agent reads how many steps this process has committed |
+| EVERSTEP_WORKER, EVERSTEP_STEPS_FILE | the agent's name for this start; where it reads the steps committed |
 | MASTER_ADDR, MASTER_PORT | where torchrun's agent has its store, if TORCHELASTIC_USE_AGENT_STORE says so |
 """
 
@@ -89,8 +87,7 @@ class ManagerSettings:
         check_token("token", self.token)
         _check_name("replica_group_id (REPLICA_GROUP_ID)", self.replica_group_id, REPLICA_ID_CHARS_MAX)
         check_count("replica_groups (NUM_REPLICA_GROUPS)", self.replica_groups, 0, REPLICA_GROUPS_MAX)
-        if self.worker:
-            _check_name("EVERSTEP_WORKER", self.worker, WORKER_CHARS_MAX)
+        _check_name("EVERSTEP_WORKER", self.worker or "none", WORKER_CHARS_MAX)
         check_count("min_replicas", self.min_replicas, 1, REPLICA_GROUPS_MAX)
         check_duration("connect_timeout_s", self.connect_timeout_s)
         if 0 < self.replica_groups < self.min_replicas:

@@ -102,8 +102,9 @@ class Member:
         os.kill(self.pid, number)
 
     def kill(self) -> None:
-        with suppress(ProcessLookupError):
-            self.signal(signal.SIGKILL)
+        if self._process.exitcode is None:  # else the fork server has reaped it, and the number may be another's by now
+            with suppress(ProcessLookupError):
+                self.signal(signal.SIGKILL)
         self._process.join(DEADLINE_S)
 
     def close(self) -> None:
@@ -297,7 +298,9 @@ def _fork_and_finalize(state: _State) -> int:
 def _load_data(state: _State) -> list[float]:
     """Through a DataLoader whose workers are forks of this process."""
     data = TensorDataset(torch.arange(8.0))
-    return [float(batch.sum()) for (batch,) in DataLoader(data, batch_size=2, num_workers=2)]
+    # Not the default: it is that by which this process was started, and would import torch in a server of its own.
+    loader = DataLoader(data, batch_size=2, num_workers=2, multiprocessing_context="fork")
+    return [float(batch.sum()) for (batch,) in loader]
 
 
 def _stop_before_connecting(state: _State, seq: int, rank: int, size: int, store: str, host: str) -> None:

@@ -22,7 +22,7 @@ def main() -> int:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     settings = settings_of(sys.argv[2:], os.environ)
     try:
-        code = run(settings, budget=BudgetPolicy(pause_s=float(sys.argv[1])))
+        code = run(settings, budget=BudgetPolicy(pause_s=float(sys.argv[1]), pause_max_s=0.1))
     except ConfigError as error:
         sys.stderr.write(f"everstep: {error}\n")
         return 90

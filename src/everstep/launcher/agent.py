@@ -97,9 +97,16 @@ def _starter(settings: JobSettings) -> Iterator[Starter]:
             plain.close()
         return
     search_path = str(Path(settings.target).resolve().parent) if settings.run_as is RunAs.SCRIPT else os.getcwd()
-    template = TemplateSettings(environment=settings.environment, search_path=search_path, preload=settings.preload)
+    template = TemplateSettings(
+        environment=settings.environment, search_path=search_path, preload=(*_preload(settings), *settings.preload)
+    )
     with TemplateStarter(template, around) as starter:
         yield starter
+
+
+def _preload(settings: JobSettings) -> tuple[str, ...]:
+    """Before what the operator asks for. Workers that are replica groups would take seconds to import the rest."""
+    return ("torch", "everstep.train.manager") if settings.replica_groups else ("torch",)
 
 
 class _Agent:

@@ -217,7 +217,9 @@ def _kill_members(leader: int) -> int:
     """
     members = [int(name) for name in os.listdir("/proc") if name.isdigit() and _is_member(int(name), leader)]
     for pid in members:
-        if not any(word in _command_line(pid) for word in CLEANERS):
+        command = _command_line(pid)
+        # None: a zombie, or in the middle of an exec, perhaps of one of those; the next look tells.
+        if command and not any(word in command for word in CLEANERS):
             with contextlib.suppress(OSError):
                 os.kill(pid, signal.SIGKILL)
     return len(members)
