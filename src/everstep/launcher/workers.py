@@ -18,6 +18,7 @@ from pathlib import Path
 
 from everstep.core.ranks import WorkerRanks
 from everstep.core.restart_events import Stop, WorkerGone
+from everstep.launcher.rank_monitor import RankMonitor, Ward
 from everstep.launcher.report import Failure
 from everstep.launcher.settings import JobSettings
 from everstep.launcher.starting import ExitStatus, Launch, Starter, WorkerDeath, WorkerNotStarted, WorkerProcess
@@ -53,6 +54,7 @@ class Surrounding:
     scratch: Path
     lighthouse: str  # its URL
     on_gone: Callable[[WorkerGone, Failure | None], None]
+    monitor: RankMonitor
 
 
 def common_environment(settings: JobSettings) -> dict[str, str]:
@@ -125,6 +127,7 @@ class _Worker:
     process: WorkerProcess
     error_file: str
     steps: Path
+    ward: Ward
     died_at: float | None = None  # seconds since the epoch
     was_told: bool = False
 
@@ -197,7 +200,8 @@ class AttemptWorkers:
         token = secrets.token_hex(8)
         steps = self._around.scratch / f"steps-{token}"
         environment = worker_environment(self._around, self._place, local_rank)
-        environment |= {
+        ward = self._around.monitor.prepare()
+        environment |= ward.environment | {
             "TORCHELASTIC_ERROR_FILE": files.error_file,
             "EVERSTEP_WORKER": token,
             "EVERSTEP_STEPS_FILE": str(steps),
@@ -216,13 +220,26 @@ class AttemptWorkers:
         try:
             process = self._around.starter.start(launch)
         except WorkerNotStarted as error:
+            ward.let_go()
             self._never_began(local_rank, str(error))
             return None
-        worker = _Worker(token=token, local_rank=local_rank, process=process, error_file=files.error_file, steps=steps)
+        ward.watch(process, self._name(local_rank), files.stderr)
+        worker = _Worker(
+            token=token,
+            local_rank=local_rank,
+            process=process,
+            error_file=files.error_file,
+            steps=steps,
+            ward=ward,
+        )
         with self._lock:
             self._workers[token] = worker
         self._client.worker_started(token, process.pid)
         return worker
+
+    def _name(self, local_rank: int) -> str:
+        group = f" of group {self._place.group}" if self._place.group else ""
+        return f"rank {self._place.ranks.base_rank + local_rank}{group}"
 
     def _never_began(self, local_rank: int, why: str) -> None:
         status = ExitStatus()
@@ -248,6 +265,7 @@ class AttemptWorkers:
 
     def _on_exit(self, worker: _Worker, status: ExitStatus) -> None:
         place = self._place
+        worker.ward.let_go()
         with self._lock:
             del self._workers[worker.token]
         failure = None
