@@ -116,6 +116,8 @@ class BrokenPaths:
         return bool(ended)
 
     def next_deadline(self) -> float | None:
+        if not self._pauses:
+            return None
         return min((p.until for p in self._pauses.values() if not p.is_over), default=None)
 
     def _note(self, complaints: Collection[tuple[MemberId, MemberId]], step: int, now: float) -> None:

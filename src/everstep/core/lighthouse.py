@@ -191,7 +191,8 @@ class LighthouseMachine:
             deadlines.append(self._state.round.deadline)
         else:
             deadlines.append(self._progress.next_deadline())
-        return min((d for d in deadlines if d is not None), default=None)
+        known = [deadline for deadline in deadlines if deadline is not None]
+        return min(known) if known else None
 
     # ---- messages
 

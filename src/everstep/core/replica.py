@@ -123,7 +123,8 @@ class Replica(ReplicaState):
 
     def next_deadline(self) -> float | None:
         leave_at = None if self.has_left else self._leave_at
-        return min((d for d in (self._beat_at, self._doubt_at, leave_at) if d is not None), default=None)
+        known = [d for d in (self._beat_at, self._doubt_at, leave_at) if d is not None]
+        return min(known) if known else None
 
     def _ask_to_leave(self, leave_at: float | None) -> list[Effect]:
         self.wants_to_leave = True

@@ -1,10 +1,10 @@
 """`python -m everstep.sim`: run seeds, one line each; a failing seed prints the command that reproduces it."""
 
 import argparse
-import concurrent.futures
 import dataclasses
 import functools
 import gc
+import multiprocessing
 import sys
 import time
 from collections.abc import Callable, Iterable
@@ -20,6 +20,7 @@ SCALE_GROUPS_MIN = 1000  # from here on it is about cost: one quorum, one failur
 
 CHUNK = 100  # seeds that a worker process gets at a time
 RunChunk = Callable[[range], tuple[dict[str, int], list[str]]]  # how often each verdict came, and what to say
+CHUNK_TIMEOUT_S = 3600.0  # for the worst: a killed process gives no answer
 COLLECT_EVERY = 16  # seeds; a world is a few MB
 
 
@@ -66,7 +67,7 @@ def main(argv: list[str] | None = None, *, replica_type: type[Replica] = Replica
     size = Size(groups, ranks, args.steps, args.agents)
     if args.seed is not None:
         return 0 if _run(args.seed, size, args.trace, replica_type).is_ok else 1
-    run_chunk = functools.partial(_run_chunk, size=size, replica_type=replica_type)
+    run_chunk = functools.partial(_run_chunk, size=size, replica_type=replica_type, collects=args.jobs == 1)
     return 1 if _run_chunks(run_chunk, args) else 0
 
 
@@ -76,8 +77,10 @@ def _run_chunks(run_chunk: RunChunk, args: argparse.Namespace) -> int:
     first, last = map(int, args.seeds.split(":"))
     chunks = [range(at, min(at + CHUNK, last)) for at in range(first, last, CHUNK)]
     if args.jobs > 1:
-        with concurrent.futures.ProcessPoolExecutor(args.jobs) as pool:
-            failed = _sum_up(pool.map(run_chunk, chunks), counts)
+        # A process for each chunk: what a world leaves behind goes with it, which costs less than to free it.
+        with multiprocessing.get_context("fork").Pool(args.jobs, maxtasksperchild=1) as pool:
+            results = pool.imap(run_chunk, chunks)
+            failed = _sum_up((results.next(CHUNK_TIMEOUT_S) for _ in chunks), counts)
     else:
         failed = _sum_up(map(run_chunk, chunks), counts)
     _print_line(f"{last - first} seeds: " + ", ".join(f"{n} {verdict}" for verdict, n in sorted(counts.items())))
@@ -102,7 +105,9 @@ def _how_to_reproduce(world: World) -> str:
     return f"reproduce: python -m everstep.sim --seed {world.seed} {size} --trace"
 
 
-def _run_chunk(seeds: range, *, size: Size, replica_type: type[Replica]) -> tuple[dict[str, int], list[str]]:
+def _run_chunk(
+    seeds: range, *, size: Size, replica_type: type[Replica], collects: bool
+) -> tuple[dict[str, int], list[str]]:
     """How often each verdict came, and what to say of the seeds that failed."""
     counts: dict[str, int] = {}
     said: list[str] = []
@@ -116,10 +121,11 @@ def _run_chunk(seeds: range, *, size: Size, replica_type: type[Replica]) -> tupl
         if not outcome.is_ok:
             said += [str(outcome), _how_to_reproduce(world)]
         del world
-        if ran % COLLECT_EVERY == COLLECT_EVERY - 1:
+        if collects and ran % COLLECT_EVERY == COLLECT_EVERY - 1:
             gc.collect()
-    gc.unfreeze()
-    gc.enable()
+    if collects:
+        gc.unfreeze()
+        gc.enable()
     return counts, said
 
 

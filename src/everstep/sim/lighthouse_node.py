@@ -187,6 +187,7 @@ class LighthouseNode:
                 if after is not None and after <= self._world.now:
                     raise Violation(f"after a tick at {self._world.now} the lighthouse's next deadline is {after}")
                 self._perform(effects)
-            self._arm()
+            else:
+                self._arm()
 
         self._world.at(at, tick)
