@@ -71,6 +71,23 @@ def test_a_script_may_ask_its_launcher(spawn: Spawner, tmp_path: Path, action: s
     assert f"rank 0 asks for {action}: a broken GPU" in stderr_of(agent)
 
 
+DIES_AT_ONE_STEP = """
+import os, struct, sys
+with open(os.environ["EVERSTEP_STEPS_FILE"], "r+b") as file:
+    file.write(struct.pack("<QQ", 1, 7))  # as a Manager does
+print("died", flush=True)
+sys.exit(3)
+"""
+
+
+def test_workers_that_die_at_one_step_again_and_again_are_given_up(spawn: Spawner, tmp_path: Path) -> None:
+    arguments = (*PLAIN, "--max-restarts", "50", "--ft-max-no-progress-cycles", "2")
+    agent = start_agent(spawn, tmp_path, *arguments, script(tmp_path, DIES_AT_ONE_STEP))
+    assert agent.wait() == 93
+    assert agent.stdout_path.read_text().count("died") == 3
+    assert "2 attempts in a row ended without passing step 7" in stderr_of(agent)
+
+
 def test_a_worker_forked_from_the_template_is_watched_too(spawn: Spawner, tmp_path: Path) -> None:
     arguments = ("--standalone", "--nproc-per-node", "2", "--max-restarts", "1", "--ft-rank-section-timeouts", "step:1")
     agent = start_agent(spawn, tmp_path, *arguments, script(tmp_path, HANGS_ONCE))

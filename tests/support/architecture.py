@@ -45,7 +45,7 @@ MAY_IMPORT: dict[str, frozenset[str] | None] = {
 ALWAYS_IMPORTABLE = f"{PACKAGE}.__version__"
 
 TORCH_UNITS = frozenset({"collectives", "recovery", "train", "integrations", "demo"})
-TORCH_FILES = frozenset({f"src/{PACKAGE}/launcher/template.py"})
+TORCH_FILES = frozenset({f"src/{PACKAGE}/launcher/{name}.py" for name in ("template", "store_server")})
 TORCH_PRIVATE_FILE = f"src/{PACKAGE}/collectives/torch_private.py"
 ENVIRONMENT_FILES = frozenset(f"src/{PACKAGE}/{name}.py" for name in ("config", "worker_environment", "cli"))
 ENVIRONMENT_NAMES = ("os.environ", "os.environb", "os.getenv", "os.getenvb", "os.putenv", "os.unsetenv")
@@ -121,7 +121,8 @@ PICKLING_CALLS = frozenset(
 PICKLING_ALLOWED: dict[str, str] = {}
 
 WALL_CLOCKS = frozenset({"time.time", "time.time_ns", "datetime.datetime.now", "datetime.datetime.utcnow"})
-WALL_CLOCK_FILES = frozenset({f"src/{PACKAGE}/lighthouse/event_stream.py"})  # stamps events, for people
+# They stamp events and failures, for people.
+WALL_CLOCK_FILES = frozenset({f"src/{PACKAGE}/lighthouse/event_stream.py", f"src/{PACKAGE}/launcher/workers.py"})
 
 VAGUE_NAMES = frozenset(["util", "utils", "common", "base", "helper", "helpers", "misc"])
 MOCK_MODULES = ("unittest.mock", "mock", "pytest_mock")

@@ -142,6 +142,7 @@ class _Agent:
                     pause_max_s=pace.pause_max_s,
                     quick_s=pace.quick_s,
                     progress_s=pace.progress_s,
+                    no_progress_max=settings.max_no_progress_cycles,
                 ),
                 shutdown_timeout_s=settings.shutdown_timeout_s,
             )

@@ -11,6 +11,7 @@ import os
 import secrets
 import signal
 import string
+import struct
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -28,7 +29,7 @@ from everstep.link.node import NodeClient
 __all__ = ["AttemptWorkers", "Place", "Surrounding", "worker_environment"]
 
 EXIT_CODE_FIELD = 49  # of those after the name in /proc/PID/stat
-STEP_BYTES = 8  # of the file in which a worker's Manager keeps the number of steps that it committed
+STEPS = struct.Struct("<QQ")  # what a worker's Manager keeps in a file: how many steps it committed, and the last one
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -207,7 +208,7 @@ class AttemptWorkers:
             "EVERSTEP_STEPS_FILE": str(steps),
         }
         with contextlib.suppress(OSError):  # without it, restarts are counted as if no step had been made
-            steps.write_bytes(bytes(STEP_BYTES))
+            steps.write_bytes(bytes(STEPS.size))
         launch = Launch(
             run_as=settings.run_as,
             target=settings.target,
@@ -280,13 +281,15 @@ class AttemptWorkers:
                 error_file=worker.error_file,
                 was_told=worker.was_told,
             )
+        steps, reached = _steps_in(worker.steps)
         gone = WorkerGone(
             group=place.group,
             attempt=place.attempt,
             local_rank=worker.local_rank,
             code=status.code,
             signal=status.signal,
-            steps=_steps_in(worker.steps),
+            steps=steps,
+            reached=reached,
             detail=status.describe(),
         )
         self._around.on_gone(gone, failure)
@@ -303,11 +306,11 @@ def dying_status(pid: int) -> ExitStatus:
     return ExitStatus(signal=number) if number else ExitStatus(code=status >> 8)
 
 
-def _steps_in(path: Path) -> int:
+def _steps_in(path: Path) -> tuple[int, int]:
     """What the worker's Manager has written; and the file is gone."""
     try:
-        steps = int.from_bytes(path.read_bytes()[:STEP_BYTES], "little")
+        steps, reached = STEPS.unpack(path.read_bytes())
         path.unlink()
-        return steps
-    except OSError:
-        return 0
+        return steps, reached
+    except (OSError, struct.error):
+        return 0, 0

@@ -157,7 +157,7 @@ class Stepper:
         self._drive(lambda _: False)
         decision = self._close()
         if decision.committed:
-            self._presence.steps_file.count()
+            self._presence.steps_file.count(decision.step)
         return decision
 
     # ---- the loop
