@@ -96,6 +96,8 @@ bench-venv: .venv-bench/.installed ## create .venv-bench, with torchft beside Ev
 	python3.11 -m venv .venv-bench
 	.venv-bench/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -c bench/constraints.txt \
 	  torchft numpy -e .
+	.venv-bench/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -c bench/constraints.txt \
+	  nvidia-resiliency-ext psutil nvidia-ml-py defusedxml packaging
 	touch $@
 
 bench-rival: bench-venv ## the benchmarks that have a rival, beside it in the same run
