@@ -85,7 +85,7 @@ compat: ## the tests on each of COMPAT_PYTHONS that is installed (pythonX.Y, or 
 	if [ -n "$$failed" ]; then echo "error: the tests failed on Python$$failed" >&2; exit 1; fi; \
 	echo "== the tests pass on Python$$ran"
 
-BENCHES := steady_state recovery failures lighthouse rendezvous
+BENCHES := steady_state recovery failures lighthouse rendezvous monitor
 bench: $(STAMP) ## print the README's tables again; `make bench-rival` beside torchft
 	@for bench in $(BENCHES); do echo "== bench/$$bench.py"; $(PY) bench/$$bench.py; done
 	@echo "== python -m everstep.sim --groups 100000"; $(PY) -m everstep.sim --groups 100000
@@ -96,6 +96,8 @@ bench-venv: .venv-bench/.installed ## create .venv-bench, with torchft beside Ev
 	python3.11 -m venv .venv-bench
 	.venv-bench/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -c bench/constraints.txt \
 	  torchft numpy -e .
+	.venv-bench/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -c bench/constraints.txt \
+	  nvidia-resiliency-ext psutil nvidia-ml-py defusedxml packaging
 	touch $@
 
 bench-rival: bench-venv ## the benchmarks that have a rival, beside it in the same run

@@ -28,7 +28,8 @@ from everstep.core import node as nodes
 from everstep.core.resolution import resolve
 from everstep.core.transitions import TRANSITIONS, Turn
 from everstep.core.types import Action, LineageEntry, MemberId, Phase, QuorumId, Report, genesis
-from everstep.launcher.option import Option
+from everstep.launcher.hang_options import FT_KEYS
+from everstep.launcher.option import Fate, Option
 from everstep.launcher.options import OUR_OPTIONS
 from everstep.launcher.torchrun_options import TORCHRUN_OPTIONS
 from everstep.link import auth, client, codec, server
@@ -254,6 +255,19 @@ def _our_options() -> Iterator[str]:
     yield from _table(("option", "variable", ""), rows)
 
 
+def _hang_settings() -> Iterator[str]:
+    """Those that mean something here, then those that mean nothing, then those that are refused."""
+    order = [Fate.HONOURED, Fate.TRANSLATED, Fate.WITHOUT_EFFECT, Fate.REFUSED]
+    rows = []
+    for key in sorted(FT_KEYS, key=lambda key: order.index(key.fate)):
+        accepted = " or ".join(f"`{word}`" for word in key.accepts if word)
+        note = f"{key.note[0].upper()}{key.note[1:]}"
+        note = f"{note.rstrip('.')}; accepted: {accepted}" if accepted else note
+        name = f"`{key.name}`" + (" (ours)" if key.is_new else "")
+        rows.append((name, key.form.value, f"`{key.default}`" if key.default else "", key.fate.value, note))
+    yield from _table(("key", "value", "default", "fate", ""), rows)
+
+
 def _flags(option: Option) -> str:
     return ", ".join(f"`{flag}`" for flag in option.flags if "_" not in flag)
 
@@ -329,6 +343,7 @@ PROTOCOL: dict[str, Callable[[], Iterator[str]]] = {
 DOCUMENTS = {
     "protocol.md": PROTOCOL,
     "launcher.md": {"torchrun_options": _torchrun_options, "our_options": _our_options},
+    "hangs.md": {"hang_settings": _hang_settings},
     "exit-codes.md": {"exit_codes": _exit_codes},
 }
 

@@ -116,3 +116,10 @@ def test_a_rival_that_is_not_installed_is_a_line_that_says_how_to_install_it() -
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=DEADLINE_S)
     assert done.returncode != 0
     assert "make bench-venv" in done.stderr
+
+
+def test_monitor_measures_beats_kills_and_a_node() -> None:
+    found = run("bench/monitor.py", "--blocks", "3", "--kills", "1", "--seconds", "0.5")
+    assert all(len(found[key]) == 3 for key in ("heartbeat_us", "with_section_us", "deadline_to_exit_ms"))
+    assert found["with_stacks"] == 1
+    assert found["sections_counted"] > 0

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from everstep.lighthouse.app import Lighthouse as Lighthouse
     from everstep.link.events import Subscription as Subscription
     from everstep.logs import configure_logging as configure_logging
+    from everstep.monitor.attach import heartbeat as heartbeat
+    from everstep.monitor.attach import section as section
     from everstep.subscribe import subscribe_events as subscribe_events
     from everstep.subscribe import subscribe_failures as subscribe_failures
     from everstep.train.ddp import DistributedDataParallel as DistributedDataParallel
@@ -45,6 +47,8 @@ _HOMES = {
     "DistributedSampler": "everstep.train.sampler",
     "Subscription": "everstep.link.events",
     "configure_logging": "everstep.logs",
+    "heartbeat": "everstep.monitor.attach",
+    "section": "everstep.monitor.attach",
     "subscribe_events": "everstep.subscribe",
     "subscribe_failures": "everstep.subscribe",
 }
@@ -58,7 +62,9 @@ def __getattr__(name: str) -> object:
         raise AttributeError(f"module 'everstep' has no attribute {name!r}")
     import importlib
 
-    return getattr(importlib.import_module(home), name)
+    value = getattr(importlib.import_module(home), name)
+    globals()[name] = value  # `es.heartbeat` is called often
+    return value
 
 
 def __dir__() -> list[str]:

@@ -143,6 +143,14 @@ def show(context: typer.Context) -> None:
     command.show(context.args, os.environ)
 
 
+@config_app.command(cls=Verbatim, add_help_option=False)
+def explain(context: typer.Context) -> None:
+    """KEY: say what an option of `everstep run`, or a key of a fault_tolerance section, is and what becomes of it."""
+    from everstep.launcher import command
+
+    command.explain(context.args)
+
+
 LighthouseOption = Annotated[str | None, typer.Option(help="host:port; EVERSTEP_LIGHTHOUSE by default.")]
 JobOption = Annotated[str | None, typer.Option(help="Which job; EVERSTEP_JOB_ID, else `default`.")]
 TokenOption = Annotated[Path | None, typer.Option(help="File of the job token, mode 0600.")]

@@ -182,6 +182,21 @@ def test_quick_failures_are_followed_by_growing_pauses() -> None:
     assert budget.ask("", 0.5, 0) == Granted(0.0)
 
 
+def test_attempts_that_do_not_pass_the_furthest_step_are_given_up_whatever_the_budget() -> None:
+    budget = RestartBudget(BudgetPolicy(max_restarts=100, no_progress_max=3))
+    reached = [50, 50, 51, 51, 40]
+    assert all(isinstance(budget.ask("", 60.0, 5, step), Granted) for step in reached)
+    answer = budget.ask("", 60.0, 0, 0)
+    assert isinstance(answer, Exhausted)
+    assert answer.was_given
+    assert "3 attempts in a row ended without passing step 51" in answer.why
+
+
+def test_attempts_that_say_nothing_of_steps_are_not_given_up_for_that() -> None:
+    budget = RestartBudget(BudgetPolicy(max_restarts=100, no_progress_max=3))
+    assert all(isinstance(budget.ask("", 60.0, 0), Granted) for _ in range(20))
+
+
 def test_without_restarts_progress_does_not_help() -> None:
     assert isinstance(RestartBudget(BudgetPolicy(max_restarts=0)).ask("", 1e6, 10**6), Exhausted)
 

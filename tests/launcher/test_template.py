@@ -198,6 +198,7 @@ def test_a_store_that_dies_uncalled_for_is_told(torch_template: TemplateStarter)
     assert ended.wait(DEADLINE_S)
 
 
+@pytest.mark.soak
 def test_fifty_starts_leave_nothing_behind(light_template: TemplateStarter, scripts: Scripts) -> None:
     launch = scripts.launch(RunAs.SCRIPT, "script.py")
     scripts.script("")

@@ -123,6 +123,7 @@ def test_fifty_restarts_leave_nothing_behind_in_the_agent(spawn: Spawner, tmp_pa
     assert after.memory_mb - before.memory_mb < 10
 
 
+@pytest.mark.soak
 def test_survivors_of_a_killed_replica_group_never_stop(spawn: Spawner, tmp_path: Path) -> None:
     end = tmp_path / "end"
     agent = start_agent(

@@ -13,7 +13,7 @@ from tests.support.source_tree import PACKAGE, Source
 FILE_LINES_MAX = 400
 FUNCTION_LINES_MAX = 70
 
-SHELLS_ALL = frozenset({"errors", "exit_codes", "fork_guard", "torch_version"})
+SHELLS_ALL = frozenset({"errors", "exit_codes", "fork_guard", "torch_version", "worker_environment"})
 # Which folders (and modules at the top) of the package may import which. None: anything.
 MAY_IMPORT: dict[str, frozenset[str] | None] = {
     "core": frozenset({"core"}),
@@ -21,6 +21,7 @@ MAY_IMPORT: dict[str, frozenset[str] | None] = {
     "errors": frozenset({"core"}),
     "exit_codes": frozenset(),
     "fork_guard": frozenset(),
+    "worker_environment": frozenset(),
     "torch_version": frozenset({"errors"}),
     "config": frozenset({"core", "errors"}),
     "logs": frozenset({"core", "errors"}),
@@ -29,13 +30,13 @@ MAY_IMPORT: dict[str, frozenset[str] | None] = {
     "subscribe": SHELLS_ALL | {"link", "core", "config"},
     "link": SHELLS_ALL | {"link", "core"},
     "lighthouse": SHELLS_ALL | {"lighthouse", "link", "core", "config"},
-    "launcher": SHELLS_ALL | {"launcher", "lighthouse", "link", "core", "config", "rendezvous_conf"},
+    "launcher": SHELLS_ALL | {"launcher", "lighthouse", "monitor", "link", "core", "config", "rendezvous_conf"},
     "monitor": SHELLS_ALL | {"monitor", "core"},
     "collectives": SHELLS_ALL | {"collectives", "core"},
     "recovery": SHELLS_ALL | {"recovery", "core"},
     "train": SHELLS_ALL | {"train", "collectives", "recovery", "monitor", "link", "core", "config", "logs"},
     "demo": None,
-    "integrations": SHELLS_ALL | {"integrations", "train", "link", "core", "config", "rendezvous_conf"},
+    "integrations": SHELLS_ALL | {"integrations", "train", "monitor", "link", "core", "config", "rendezvous_conf"},
     "cli": None,
     "__init__": None,
     "__main__": None,
@@ -46,7 +47,7 @@ ALWAYS_IMPORTABLE = f"{PACKAGE}.__version__"
 TORCH_UNITS = frozenset({"collectives", "recovery", "train", "integrations", "demo"})
 TORCH_FILES = frozenset({f"src/{PACKAGE}/launcher/{name}.py" for name in ("template", "store_server")})
 TORCH_PRIVATE_FILE = f"src/{PACKAGE}/collectives/torch_private.py"
-ENVIRONMENT_FILES = frozenset({f"src/{PACKAGE}/config.py", f"src/{PACKAGE}/cli.py"})
+ENVIRONMENT_FILES = frozenset(f"src/{PACKAGE}/{name}.py" for name in ("config", "worker_environment", "cli"))
 ENVIRONMENT_NAMES = ("os.environ", "os.environb", "os.getenv", "os.getenvb", "os.putenv", "os.unsetenv")
 
 CORE_STDLIB = frozenset(

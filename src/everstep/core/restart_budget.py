@@ -4,6 +4,9 @@
 when one of its processes committed `STEPS_OF_PROGRESS` steps through Everstep (the measure of core/crash_loop.py, which
 deals with a group that dies at one step again and again even so). Then everything is given back.
 
+Apart from that, a group is given up whose attempts end, `no_progress_max` times in a row, without a step beyond the
+furthest that an earlier one reached. This is counted only once an attempt has said how far it came.
+
 The first restart is immediate. Attempts that end within `quick_s` of their start, one after the other, are followed by
 pauses that double, whatever the budget: a broken node must not spin.
 """
@@ -22,6 +25,7 @@ class BudgetPolicy:
     pause_max_s: float = 60.0
     quick_s: float = 10.0
     progress_s: float = 3600.0
+    no_progress_max: int = 0  # 0: such a group is not given up for that
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,6 +50,8 @@ class RestartBudget:
         self._policy = policy
         self._restarts: dict[str, int] = {}  # of each group, as agreed last
         self._forgiven: dict[str, int] = {}  # those before its last progress
+        self._furthest: dict[str, int] = {}  # step that an attempt of each group reached
+        self._idle: dict[str, int] = {}  # attempts in a row that got no further
         self._quick = 0  # attempts in a row that ended soon after their start
 
     def agreed(self, group: str, restarts: int) -> None:
@@ -59,9 +65,12 @@ class RestartBudget:
     def used(self) -> int:
         return sum(count - self._forgiven.get(group, 0) for group, count in self._restarts.items())
 
-    def ask(self, group: str, ran_s: float, steps: int) -> Granted | Exhausted:
-        """An attempt of this group has failed after `ran_s`, having committed `steps` steps."""
+    def ask(self, group: str, ran_s: float, steps: int, reached: int = 0) -> Granted | Exhausted:
+        """An attempt of this group has failed after `ran_s`, having committed `steps` steps, the last with the number
+        `reached`."""
         policy = self._policy
+        if (given_up := self._no_progress(group, reached)) is not None:
+            return given_up
         if ran_s >= policy.progress_s or steps >= STEPS_OF_PROGRESS:
             self._forgiven = dict(self._restarts)
             self._quick = 0
@@ -77,3 +86,15 @@ class RestartBudget:
         self._restarts[group] = self.restarts(group) + 1
         doublings = self._quick - 2
         return Granted(min(policy.pause_max_s, policy.pause_s * 2.0 ** min(doublings, 30)) if doublings >= 0 else 0.0)
+
+    def _no_progress(self, group: str, reached: int) -> Exhausted | None:
+        furthest = self._furthest.get(group, 0)
+        if reached > furthest:
+            self._furthest[group], self._idle[group] = reached, 0
+            return None
+        if furthest == 0:
+            return None  # nobody counts its steps
+        self._idle[group] = self._idle.get(group, 0) + 1
+        if not 0 < self._policy.no_progress_max <= self._idle[group]:
+            return None
+        return Exhausted(f"{self._idle[group]} attempts in a row ended without passing step {furthest}", True)

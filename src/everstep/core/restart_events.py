@@ -37,6 +37,7 @@ class WorkerGone:
     code: int | None = None
     signal: int | None = None
     steps: int = 0  # that it had committed
+    reached: int = 0  # the number of the last of them; 0: not known
     detail: str = ""
 
     @property

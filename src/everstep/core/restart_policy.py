@@ -90,6 +90,7 @@ class _Group:
     failures: int = 0  # workers that failed in this attempt, and were not told to end
     started_at: float = 0.0
     steps: int = 0  # the most that a worker of this attempt committed
+    reached: int = 0  # the furthest step of one
     kill_at: float | None = None
     abandon_at: float | None = None
     resume_at: float = 0.0  # when it may ask for the next round
@@ -178,7 +179,7 @@ class RestartMachine:
         group.size = joined.size
         group.stage, group.attempt, group.started_at = AttemptStage.RUNNING, group.attempt + 1, now
         group.alive = dict.fromkeys(range(self._config.workers))
-        group.failures, group.steps, group.is_killed = 0, 0, False
+        group.failures, group.steps, group.reached, group.is_killed = 0, 0, 0, False
         group.kill_at = group.abandon_at = None
         return [StartWorkers(group.name, group.attempt, self._budget.restarts(group.name))]
 
@@ -186,7 +187,7 @@ class RestartMachine:
         if gone.attempt != group.attempt or gone.local_rank not in group.alive:
             return []
         del group.alive[gone.local_rank]
-        group.steps = max(group.steps, gone.steps)
+        group.steps, group.reached = max(group.steps, gone.steps), max(group.reached, gone.reached)
         match group.stage:
             case AttemptStage.STOPPING:
                 if gone.code in NEVER_AGAIN and group.code in (None, CODE_DRAINED):
@@ -220,7 +221,7 @@ class RestartMachine:
     def _ask_budget(self, group: _Group, why: str, now: float) -> list[RestartAction]:
         if group.is_closed:
             return self._give_up(group, CODE_FAILED, f"{why}; its rendezvous is closed", now)
-        answer = self._budget.ask(group.name, now - group.started_at, group.steps)
+        answer = self._budget.ask(group.name, now - group.started_at, group.steps, group.reached)
         if isinstance(answer, Exhausted):
             code = CODE_DO_NOT_RESTART if answer.was_given else CODE_FAILED  # as torchrun's, where none was asked for
             return self._give_up(group, code, f"{why}; {answer.why}", now)

@@ -39,11 +39,18 @@ from everstep.core.restart_events import (
     TellHealth,
     WorkerGone,
 )
-from everstep.core.restart_policy import CODE_DRAINED, RestartConfig, RestartMachine
+from everstep.core.restart_policy import (
+    CODE_DO_NOT_RESTART,
+    CODE_DRAINED,
+    RestartConfig,
+    RestartMachine,
+    closing_reason,
+)
 from everstep.launcher.death_watch import Surroundings
 from everstep.launcher.embedded import lighthouse_of
 from everstep.launcher.group_rendezvous import GroupRendezvous, Round, address_for_store, free_address
 from everstep.launcher.plain import PlainStarter
+from everstep.launcher.rank_monitor import RankMonitor
 from everstep.launcher.report import Failure, failure_table, first_failure, hand_on_error_file
 from everstep.launcher.settings import JobSettings
 from everstep.launcher.starting import ExitStatus, RunAs, Starter
@@ -54,6 +61,7 @@ from everstep.launcher.workers import AttemptWorkers, Place, Surrounding, common
 from everstep.link.auth import Credentials
 from everstep.link.dial import LinkTarget
 from everstep.link.node import NodeClient
+from everstep.monitor.control import WorkloadAction
 
 __all__ = ["run"]
 
@@ -75,6 +83,7 @@ def run(settings: JobSettings, *, budget: BudgetPolicy | None = None) -> int:
         starter = stack.enter_context(_starter(settings))
         logs = stack.enter_context(WorkerLogs(settings))
         agent = _Agent(settings, starter, lighthouse, budget)
+        monitor = stack.enter_context(RankMonitor(settings.monitor, agent.on_request))
         agent.around = Surrounding(
             settings=settings,
             starter=starter,
@@ -82,6 +91,7 @@ def run(settings: JobSettings, *, budget: BudgetPolicy | None = None) -> int:
             scratch=scratch,
             lighthouse=lighthouse,
             on_gone=agent.on_gone,
+            monitor=monitor,
         )
         with agent.signals():
             return agent.run()
@@ -136,6 +146,7 @@ class _Agent:
                     pause_max_s=pace.pause_max_s,
                     quick_s=pace.quick_s,
                     progress_s=pace.progress_s,
+                    no_progress_max=settings.max_no_progress_cycles,
                 ),
                 shutdown_timeout_s=settings.shutdown_timeout_s,
             )
@@ -194,6 +205,17 @@ class _Agent:
         if failure is not None:
             self._queue.put(failure)
         self._queue.put(gone)
+
+    def on_request(self, action: WorkloadAction, why: str) -> None:
+        """From the monitor's thread: a worker's script wants this."""
+        match action:
+            case WorkloadAction.Continue:
+                pass
+            case WorkloadAction.ExcludeThisNode:
+                self._queue.put(DrainAsked(why))
+            case WorkloadAction.ShutdownWorkload:
+                for rendezvous in self._rendezvous.values():
+                    rendezvous.close(closing_reason(CODE_DO_NOT_RESTART, why))
 
     @contextlib.contextmanager
     def signals(self) -> Iterator[None]:

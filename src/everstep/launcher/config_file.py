@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from everstep.errors import ConfigError
+from everstep.launcher.hang_options import BY_KEY, SECTION
 from everstep.launcher.options import SCRIPT, SCRIPT_ARGS
 from everstep.rendezvous_conf import check_key
 
@@ -25,17 +26,7 @@ class ConfigFile:
 
 def read_config_file(path: str, known: Collection[str]) -> ConfigFile:
     """Raises ConfigError for a file that cannot be read or parsed, and for a key that no option has."""
-    try:
-        with Path(path).open("rb") as file:
-            content = file.read(FILE_BYTES_MAX + 1)
-    except OSError as error:
-        raise ConfigError(f"--config {path} cannot be read: {error.strerror}") from error
-    if len(content) > FILE_BYTES_MAX:
-        raise ConfigError(f"--config {path} is larger than {FILE_BYTES_MAX} bytes; is it the right file?")
-    try:
-        text = content.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"--config {path} is not UTF-8: {error}") from error
+    text = _text(path, "--config")
     suffix = Path(path).suffix.lower()
     if suffix not in (".yaml", ".yml", ".toml"):
         raise ConfigError(f"--config {path}: its name must end in .yaml, .yml or .toml, to say which it is")
@@ -43,7 +34,8 @@ def read_config_file(path: str, known: Collection[str]) -> ConfigFile:
     if not isinstance(table, dict):
         raise ConfigError(f"--config {path} must be a table of options (`nnodes: 2`), not a {type(table).__name__}")
     allowed = (*(name for name in known if name != "config"), *SCRIPT_KEYS)
-    values: dict[str, Any] = {}
+    table = dict(table)
+    values = _of_section(f"--config {path}", table.pop(SECTION, None) or {})
     for key, value in table.items():
         name = str(key).replace("-", "_").strip()
         check_key(f"--config {path}: ", name, allowed)
@@ -51,6 +43,63 @@ def read_config_file(path: str, known: Collection[str]) -> ConfigFile:
             raise ConfigError(f"--config {path} has {name} twice, with dashes and with underscores; keep one")
         values[name] = value
     return ConfigFile(path, values)
+
+
+def read_ft_file(path: str) -> ConfigFile:
+    """The file of `--ft-cfg-path`. Raises ConfigError; also where it has no `fault_tolerance` section."""
+    section = find_section(_yaml(path, _text(path, "--ft-cfg-path")))
+    if section is None:
+        raise ConfigError(f"--ft-cfg-path {path} has no section {SECTION}, at any depth")
+    return ConfigFile(path, _of_section(f"--ft-cfg-path {path}", section))
+
+
+def find_section(table: object) -> dict[str, Any] | None:
+    """The first `fault_tolerance` at any depth, as NVIDIA's launcher finds it."""
+    if isinstance(table, dict):
+        if isinstance(table.get(SECTION), dict):
+            return dict(table[SECTION])
+        table = list(table.values())
+    if isinstance(table, list):
+        return next((found for item in table if (found := find_section(item)) is not None), None)
+    return None
+
+
+def _of_section(where: str, section: object) -> dict[str, Any]:
+    """By option name, and as one would write it on the command line."""
+    if not isinstance(section, dict):
+        raise ConfigError(f"{where}: {SECTION} must be a table")
+    values: dict[str, Any] = {}
+    for key, value in section.items():
+        name = str(key).replace("-", "_").strip()
+        check_key(f"{where}: {SECTION}: ", name, tuple(BY_KEY))
+        values[BY_KEY[name].option_name] = _as_text(value, f"{where}: {name}")
+    return values
+
+
+def _as_text(value: Any, where: str) -> str:
+    if value is None or isinstance(value, bool):
+        return "null" if value is None else str(value).lower()
+    if isinstance(value, dict):
+        if any("," in str(key) or isinstance(item, dict | list) for key, item in value.items()):
+            raise ConfigError(f"{where} is {value!r}; it takes names without commas, and a number or null for each")
+        return ",".join(f"{key}:{_as_text(item, where)}" for key, item in value.items())
+    if isinstance(value, list):
+        raise ConfigError(f"{where} is {value!r}, a list; it takes one value")
+    return str(value)
+
+
+def _text(path: str, option: str) -> str:
+    try:
+        with Path(path).open("rb") as file:
+            content = file.read(FILE_BYTES_MAX + 1)
+    except OSError as error:
+        raise ConfigError(f"{option} {path} cannot be read: {error.strerror}") from error
+    if len(content) > FILE_BYTES_MAX:
+        raise ConfigError(f"{option} {path} is larger than {FILE_BYTES_MAX} bytes; is it the right file?")
+    try:
+        return content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{option} {path} is not UTF-8: {error}") from error
 
 
 def _toml(path: str, text: str) -> Any:

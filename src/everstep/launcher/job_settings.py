@@ -11,6 +11,7 @@ from everstep.core.policies import RestartPolicyName
 from everstep.core.ranks import RankPolicy
 from everstep.errors import ConfigError
 from everstep.launcher.groups import Place, group_ids, groups_in_total, split_devices, workers_per_node
+from everstep.launcher.hang_settings import max_no_progress_cycles, monitor_settings
 from everstep.launcher.machine import Machine
 from everstep.launcher.meeting import C10D_KEYS, OTHER_TORCH_KEYS, Meeting, number_of_node, where_to_meet
 from everstep.launcher.option import Fate
@@ -51,8 +52,6 @@ def job_settings(values: Values, machine: Machine) -> JobSettings:
     meeting = _kept_at_home(meeting, place, groups)
     ranks, infrastructure_rank = _ranks(values, pairs, place, groups, machine.environ)
     workers = workers_per_node(values, len(groups), machine)
-    token = _token(values, conf, meeting, machine.environ)
-    local_addr = values.optional_text("local_addr")
     python = machine.environ.get("PYTHON_EXEC") or machine.python
     return JobSettings(
         run_as=run_as,
@@ -83,12 +82,12 @@ def job_settings(values: Values, machine: Machine) -> JobSettings:
         hosts_only_if_free=meeting.hosts_only_if_free,
         lighthouse_bind=meeting.lighthouse_bind,
         lighthouse_port=meeting.lighthouse_port,
-        token=token,
+        token=_token(values, conf, meeting, machine.environ),
         tls_ca=conf.tls_ca or _path(values, "tls_ca"),
         connect_timeout_s=conf.connect_timeout_s,
         close_timeout_s=conf.close_timeout_s,
-        node_id=conf.node_id or f"{local_addr or machine.hostname}_{machine.pid}",
-        local_addr=local_addr,
+        node_id=conf.node_id or f"{values.optional_text('local_addr') or machine.hostname}_{machine.pid}",
+        local_addr=values.optional_text("local_addr"),
         join_timeout_s=conf.join_timeout_s,
         last_call_s=conf.last_call_s,
         log_dir=_path(values, "log_dir"),
@@ -100,6 +99,8 @@ def job_settings(values: Values, machine: Machine) -> JobSettings:
         log_line_prefix=machine.environ.get("TORCHELASTIC_LOG_LINE_PREFIX_TEMPLATE"),
         shutdown_timeout_s=_shutdown_timeout(values, machine.environ),
         signals_to_handle=_signals(values),
+        monitor=monitor_settings(values),
+        max_no_progress_cycles=max_no_progress_cycles(values),
     )
 
 

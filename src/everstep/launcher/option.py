@@ -21,6 +21,7 @@ class Fate(enum.Enum):
 
     HONOURED = "honoured"  # means what it means there
     TRANSLATED = "translated"  # accepted; what it is for is reached in another way
+    WITHOUT_EFFECT = "accepted without effect"  # and explained once, in the log
     REFUSED = "refused"  # an error that says what to use instead
 
 
@@ -39,6 +40,7 @@ class Option:
     help: str = ""
     metavar: str | None = None
     is_torchruns: bool = False
+    is_hangs: bool = False  # a setting of rank monitoring: docs/hangs.md
     escapes_commas: bool = False  # of a LIST: ",," is a comma
 
 

@@ -4,10 +4,12 @@ No torch is needed. Values that were not on the command line are not in what `pa
 """
 
 import argparse
+import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
+from everstep.launcher.hang_options import FT_OPTIONS
 from everstep.launcher.option import Fate, Kind, Option, Value, ours
 from everstep.launcher.torchrun_options import TORCHRUN_OPTIONS
 
@@ -60,7 +62,7 @@ OUR_OPTIONS: tuple[Option, ...] = (
     ours("preload", "EVERSTEP_PRELOAD", "Modules that the template imports too, A,B.", kind=Kind.LIST, default=()),
     ours("config", "EVERSTEP_CONFIG", "YAML or TOML file with the same names; the command line wins."),
 )
-OPTIONS: tuple[Option, ...] = (*TORCHRUN_OPTIONS, *OUR_OPTIONS)
+OPTIONS: tuple[Option, ...] = (*TORCHRUN_OPTIONS, *OUR_OPTIONS, *FT_OPTIONS)
 BY_NAME = {option.name: option for option in OPTIONS}
 SCRIPT, SCRIPT_ARGS = "training_script", "training_script_args"
 
@@ -101,9 +103,12 @@ def make_parser(prog: str, switches: dict[str, str]) -> argparse.ArgumentParser:
     )
     for name, help_text in switches.items():
         parser.add_argument(f"--{name}", action="store_true", help=help_text)
-    groups = parser.add_argument_group("Everstep's options"), parser.add_argument_group("torchrun's options")
+    ours = parser.add_argument_group("Everstep's options")
+    torchruns = parser.add_argument_group("torchrun's options")
+    hangs = parser.add_argument_group("Rank monitoring (docs/hangs.md)")
     for option in OPTIONS:
-        groups[option.is_torchruns].add_argument(*option.flags, **_declaration(option))
+        group = torchruns if option.is_torchruns else hangs if option.is_hangs else ours
+        group.add_argument(*option.flags, **_declaration(option))
     parser.add_argument(SCRIPT, help="The script (or module, or program) to run, with its arguments after it.")
     parser.add_argument(SCRIPT_ARGS, nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
     return parser
@@ -120,7 +125,18 @@ class Parser(argparse.ArgumentParser):
         return list(actions.values())
 
     def error(self, message: str) -> NoReturn:
+        start, unknown = "unrecognized arguments: ", message.removeprefix("unrecognized arguments: ")
+        if message.startswith(start):
+            message += _nearest(unknown.split())
         super().error(message.replace(repr(_END), "nothing").replace(_END, "nothing"))
+
+
+def _nearest(arguments: list[str]) -> str:
+    """What may have been meant by those that no option has."""
+    flags = [flag for option in OPTIONS for flag in option.flags]
+    names = [argument.partition("=")[0] for argument in arguments if argument.startswith("--")]
+    found = [near[0] for name in names if (near := difflib.get_close_matches(name, flags, n=1))]
+    return f"; did you mean {', '.join(found)}?" if found else ""
 
 
 def _is_torchruns(action: argparse.Action) -> bool:

@@ -26,6 +26,7 @@ import zipimport
 
 from everstep.launcher.parenthood import die_with_parent
 from everstep.launcher.robust_mutex import RobustMutex
+from everstep.monitor.first import show_stacks_on_request
 
 __all__ = [
     "GO",
@@ -122,6 +123,8 @@ def run(channel: socket.socket, run_as: str, target: str, args: list[str]) -> No
     The caller unwinds and lets the interpreter finish: threads are joined, atexit runs, SystemExit sets the code.
     """
     set_title([sys.executable, "-u", *(["-m"] if run_as == MODULE else []), target, *args])
+    if run_as != COMMAND:  # an exec would turn the signal into death
+        show_stacks_on_request()
     tell_going(channel)
     if run_as == COMMAND:
         _exec(channel, [target, *args])

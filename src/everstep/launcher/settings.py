@@ -11,6 +11,7 @@ from pathlib import Path
 from everstep.core.policies import RestartPolicyName
 from everstep.core.ranks import RankPolicy
 from everstep.launcher.starting import RunAs
+from everstep.monitor.settings import MonitorSettings
 
 __all__ = ["JobSettings", "RankPolicy", "RestartPolicyName", "RunAs", "Streams"]
 
@@ -82,4 +83,7 @@ class JobSettings:
     log_line_prefix: str | None = None  # TORCHELASTIC_LOG_LINE_PREFIX_TEMPLATE: ${role_name}, ${rank}, ${local_rank}
 
     shutdown_timeout_s: float = 30.0  # from the first signal to SIGKILL; 0: SIGKILL at once
+    monitor: MonitorSettings = dataclasses.field(default_factory=MonitorSettings)
+    max_no_progress_cycles: int = 3  # restarts in a row without a step beyond the last; 0: never give up for that
+
     signals_to_handle: tuple[int, ...] = (15, 2, 1, 3)  # forwarded to the workers

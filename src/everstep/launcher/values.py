@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from everstep.errors import ConfigError
-from everstep.launcher.config_file import SCRIPT_KEYS, ConfigFile, read_config_file
+from everstep.launcher.config_file import SCRIPT_KEYS, ConfigFile, read_config_file, read_ft_file
 from everstep.launcher.option import Kind, Option, Value
 from everstep.launcher.options import BY_NAME, OPTIONS, SCRIPT, SCRIPT_ARGS, CommandLine, split_list
 
@@ -80,12 +80,27 @@ def find_values(command_line: CommandLine, environ: Mapping[str, str]) -> Values
     path = _given(config, command_line, environ, None)
     file = read_config_file(str(path.value), BY_NAME) if path.value else None
     options = {option.name: _given(option, command_line, environ, file) for option in OPTIONS}
+    if ft_path := options["ft_cfg_path"].value:
+        ft_file = read_ft_file(str(ft_path))
+        said_there = {name: Given(value, ft_file.name) for name, value in ft_file.values.items()}
+        options |= {n: given for n, given in said_there.items() if options[n].origin in (DEFAULT, file and file.name)}
+    _translate(options)
     for name, given in options.items():
         _check_choice(BY_NAME[name], given)
     script, script_args = (_of_file(file, key) for key in SCRIPT_KEYS)
     if command_line.script is not None:
         script, script_args = Given(command_line.script, COMMAND_LINE), Given(command_line.script_args, COMMAND_LINE)
     return Values(options=options, script=script, script_args=script_args)
+
+
+def _translate(options: dict[str, Given]) -> None:
+    """What `--ft-…` says of things that have an option of their own, which wins."""
+    policy, infrastructure = options["ft_restart_policy"], options["ft_use_infra_group_rank"]
+    if policy.is_given and not options["restart_policy"].is_given:
+        options["restart_policy"] = policy
+    if infrastructure.is_given and not options["rank_assignment"].is_given:
+        is_wanted = str(infrastructure.value).strip().lower() in TRUE
+        options["rank_assignment"] = Given("infrastructure" if is_wanted else "previous", infrastructure.origin)
 
 
 def _given(option: Option, command_line: CommandLine, environ: Mapping[str, str], file: ConfigFile | None) -> Given:

@@ -11,6 +11,7 @@ import os
 import secrets
 import signal
 import string
+import struct
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -18,6 +19,7 @@ from pathlib import Path
 
 from everstep.core.ranks import WorkerRanks
 from everstep.core.restart_events import Stop, WorkerGone
+from everstep.launcher.rank_monitor import RankMonitor, Ward
 from everstep.launcher.report import Failure
 from everstep.launcher.settings import JobSettings
 from everstep.launcher.starting import ExitStatus, Launch, Starter, WorkerDeath, WorkerNotStarted, WorkerProcess
@@ -27,7 +29,7 @@ from everstep.link.node import NodeClient
 __all__ = ["AttemptWorkers", "Place", "Surrounding", "worker_environment"]
 
 EXIT_CODE_FIELD = 49  # of those after the name in /proc/PID/stat
-STEP_BYTES = 8  # of the file in which a worker's Manager keeps the number of steps that it committed
+STEPS = struct.Struct("<QQ")  # what a worker's Manager keeps in a file: how many steps it committed, and the last one
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -53,6 +55,7 @@ class Surrounding:
     scratch: Path
     lighthouse: str  # its URL
     on_gone: Callable[[WorkerGone, Failure | None], None]
+    monitor: RankMonitor
 
 
 def common_environment(settings: JobSettings) -> dict[str, str]:
@@ -124,6 +127,7 @@ class _Worker:
     process: WorkerProcess
     error_file: str
     steps: Path
+    ward: Ward
     died_at: float | None = None  # seconds since the epoch
     was_told: bool = False
 
@@ -196,13 +200,14 @@ class AttemptWorkers:
         token = secrets.token_hex(8)
         steps = self._around.scratch / f"steps-{token}"
         environment = worker_environment(self._around, self._place, local_rank)
-        environment |= {
+        ward = self._around.monitor.prepare()
+        environment |= ward.environment | {
             "TORCHELASTIC_ERROR_FILE": files.error_file,
             "EVERSTEP_WORKER": token,
             "EVERSTEP_STEPS_FILE": str(steps),
         }
         with contextlib.suppress(OSError):  # without it, restarts are counted as if no step had been made
-            steps.write_bytes(bytes(STEP_BYTES))
+            steps.write_bytes(bytes(STEPS.size))
         launch = Launch(
             run_as=settings.run_as,
             target=settings.target,
@@ -215,13 +220,26 @@ class AttemptWorkers:
         try:
             process = self._around.starter.start(launch)
         except WorkerNotStarted as error:
+            ward.let_go()
             self._never_began(local_rank, str(error))
             return None
-        worker = _Worker(token=token, local_rank=local_rank, process=process, error_file=files.error_file, steps=steps)
+        ward.watch(process, self._name(local_rank), files.stderr)
+        worker = _Worker(
+            token=token,
+            local_rank=local_rank,
+            process=process,
+            error_file=files.error_file,
+            steps=steps,
+            ward=ward,
+        )
         with self._lock:
             self._workers[token] = worker
         self._client.worker_started(token, process.pid)
         return worker
+
+    def _name(self, local_rank: int) -> str:
+        group = f" of group {self._place.group}" if self._place.group else ""
+        return f"rank {self._place.ranks.base_rank + local_rank}{group}"
 
     def _never_began(self, local_rank: int, why: str) -> None:
         status = ExitStatus()
@@ -247,6 +265,7 @@ class AttemptWorkers:
 
     def _on_exit(self, worker: _Worker, status: ExitStatus) -> None:
         place = self._place
+        worker.ward.let_go()
         with self._lock:
             del self._workers[worker.token]
         failure = None
@@ -261,13 +280,15 @@ class AttemptWorkers:
                 error_file=worker.error_file,
                 was_told=worker.was_told,
             )
+        steps, reached = _steps_in(worker.steps)
         gone = WorkerGone(
             group=place.group,
             attempt=place.attempt,
             local_rank=worker.local_rank,
             code=status.code,
             signal=status.signal,
-            steps=_steps_in(worker.steps),
+            steps=steps,
+            reached=reached,
             detail=status.describe(),
         )
         self._around.on_gone(gone, failure)
@@ -284,11 +305,11 @@ def dying_status(pid: int) -> ExitStatus:
     return ExitStatus(signal=number) if number else ExitStatus(code=status >> 8)
 
 
-def _steps_in(path: Path) -> int:
+def _steps_in(path: Path) -> tuple[int, int]:
     """What the worker's Manager has written; and the file is gone."""
     try:
-        steps = int.from_bytes(path.read_bytes()[:STEP_BYTES], "little")
+        steps, reached = STEPS.unpack(path.read_bytes())
         path.unlink()
-        return steps
-    except OSError:
-        return 0
+        return steps, reached
+    except (OSError, struct.error):
+        return 0, 0

@@ -193,11 +193,12 @@ class Manager:
         Otherwise a group that all others wait for is evicted after a limit learned from the job's steps.
         """
         replica = self._here().replica
-        replica.open_section(name)
-        try:
-            yield
-        finally:
-            replica.close_section(time.monotonic())
+        with self._here().phases.section(name):
+            replica.open_section(name)
+            try:
+                yield
+            finally:
+                replica.close_section(time.monotonic())
 
     # ---- what a joiner copies
 

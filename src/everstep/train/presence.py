@@ -54,6 +54,7 @@ from everstep.link.driver import Driver
 from everstep.link.path_watch import LongWait, PathWatch
 from everstep.logs import JobLog
 from everstep.recovery import Fetch, RecoveryServer, ServerOptions, TransferAuth
+from everstep.train.phases import Phases
 from everstep.train.steps_file import StepsFile
 
 EXIT_STUCK_S = 3.0  # it may stand still because nobody reads its stderr
@@ -81,6 +82,7 @@ class Presence:
         self._fetch: Fetch | None = None
         self._paths = PathWatch(self._long_wait, self._no_answer)
         self._error: Exception | None = None
+        self.phases = Phases()
         self.leaves_alone = False  # asked to leave, and there is nobody to tell
 
     @property
@@ -155,6 +157,7 @@ class Presence:
                 # After another error no Goodbye: the others go on as after a crash.
                 self._leave("done" if error is None else f"{type(error).__name__}")
         finally:
+            self.phases.end()
             if self._client is not None:
                 self._client.close()
             self._close_servers()

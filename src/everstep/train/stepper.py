@@ -40,6 +40,7 @@ from everstep.core.types import MemberId, Quorum, QuorumId
 from everstep.errors import ConfigError, GroupDrained, PeerLost, RecoveryFailed, StepInterrupted
 from everstep.train.claims import RankClaim, pack, unpack
 from everstep.train.header import Contribution, HeaderCarrier, StepHeader
+from everstep.train.phases import REDUCTION, VOTE
 from everstep.train.presence import Presence
 from everstep.train.recovering import Recovery
 
@@ -156,7 +157,7 @@ class Stepper:
         self._drive(lambda _: False)
         decision = self._close()
         if decision.committed:
-            self._presence.steps_file.count()
+            self._presence.steps_file.count(decision.step)
         return decision
 
     # ---- the loop
@@ -187,6 +188,7 @@ class Stepper:
 
     def _mark(self, activity: Activity) -> None:
         self._presence.replica.mark(activity, time.monotonic())
+        self._presence.phases.mark(activity)
 
     def _make(self, move: Move, until: Callable[[], bool] | None) -> None:
         match move:
@@ -202,6 +204,7 @@ class Stepper:
                 self._presence.feed(Applied())
                 self._mark(Activity.WAITING)
             case Reduce(quorum):
+                self._presence.phases.enter(REDUCTION)
                 self._try(quorum.id, lambda: self._reduce(quorum, until))
             case Prepare():
                 self._prepare()
@@ -319,6 +322,7 @@ class Stepper:
         self._presence.run(cast_vote)
         if not cast:
             return
+        self._presence.phases.enter(VOTE)
         number = _number(cast[0].proposal)
         vote = torch.tensor([int(cast[0].is_ok), number, -number], dtype=torch.int64)
         self._presence.group.allreduce(vote, ReduceOp.MIN).wait()
@@ -349,6 +353,7 @@ class Stepper:
         contributions = header.contributions if header is not None and outcome.committed else {}
         self._journal.clear()
         self._header, self._batch, self._objection, self._is_prepared = None, None, "", False
+        self._presence.phases.step_ended()
         if outcome.committed:
             self._recovery.withdraw()
         return Decision(outcome.committed, outcome.step, outcome.why, contributions)

@@ -1,4 +1,5 @@
-"""How many steps this process has committed, where its agent reads it after the process's end: in a file of 8 bytes.
+"""How many steps this process has committed, and which the last one was, where its agent reads it after the process's
+end: in a file of 16 bytes.
 
 The agent gives restarts back to a group that makes progress (core/restart_budget.py).
 """
@@ -6,8 +7,9 @@ The agent gives restarts back to a group that makes progress (core/restart_budge
 import contextlib
 import logging
 import os
+import struct
 
-STEP_BYTES = 8
+STEPS = struct.Struct("<QQ")
 
 log = logging.getLogger("everstep.train")
 
@@ -27,12 +29,12 @@ class StepsFile:
             except OSError as error:
                 log.warning("the agent cannot see this process's progress: %s", error)
 
-    def count(self) -> None:
-        """One more step is committed."""
+    def count(self, step: int) -> None:
+        """One more step is committed; it is the job's `step`th."""
         self._steps += 1
         if self._fd >= 0:
             try:
-                os.pwrite(self._fd, self._steps.to_bytes(STEP_BYTES, "little"), 0)
+                os.pwrite(self._fd, STEPS.pack(self._steps, step), 0)
             except OSError:
                 self.close()
 

@@ -1,0 +1,34 @@
+"""Reads what faulthandler writes: which thread is where, and whether the process waits for other ranks.
+
+faulthandler lists a process's threads from the youngest to the oldest, each from its innermost frame outwards.
+"""
+
+import re
+
+_FRAME = re.compile(r'^  File "(?P<file>[^"]*)", line \d+ in (?P<function>.*)$')
+FRAMES_INNER = 12  # within which a wait shows
+# The innermost frames of a rank that waits for others: in a collective, or in a backward pass that ends in one.
+_WAITS_IN_FILES = ("torch/distributed/", "torch/nn/parallel/distributed.py", "everstep/collectives/")
+_WAITS_IN_FUNCTIONS = ("_engine_run_backward",)
+
+
+def main_thread(stacks: str) -> list[tuple[str, str]]:
+    """(file, function) of the main thread, from the innermost frame outwards."""
+    frames: list[tuple[str, str]] = []
+    for line in stacks.splitlines():
+        if line.startswith(("Thread ", "Current thread ")):
+            frames = []
+        elif (found := _FRAME.match(line)) is not None:
+            frames.append((found["file"], found["function"]))
+    return frames
+
+
+def waits_for_others(stacks: str) -> bool | None:
+    """None: the stacks do not say."""
+    frames = main_thread(stacks)
+    if not frames:
+        return None
+    return any(
+        any(part in file for part in _WAITS_IN_FILES) or function in _WAITS_IN_FUNCTIONS
+        for file, function in frames[:FRAMES_INNER]
+    )

@@ -1,0 +1,119 @@
+"""Ties the rank monitor to an agent: its workers, their logs, and what their scripts ask for."""
+
+import contextlib
+import itertools
+import logging
+import os
+import stat
+import threading
+from collections.abc import Callable
+from types import TracebackType
+
+from everstep.launcher.starting import WorkerProcess
+from everstep.monitor.control import WorkloadAction
+from everstep.monitor.events import ControlRequested, MonitorFailed, RankEvent, RankHung, RankSuspected, RankUnlimited
+from everstep.monitor.reader import Monitor
+from everstep.monitor.settings import MonitorSettings
+
+__all__ = ["RankMonitor", "Ward"]
+
+STDERR = 2
+
+log = logging.getLogger("everstep.monitor")
+Ask = Callable[[WorkloadAction, str], None]
+
+
+class Ward:
+    """One start of one worker. Without a monitor (no memfd) it is unwatched, and all of this does nothing."""
+
+    def __init__(self, monitor: "RankMonitor", number: int, environment: dict[str, str]) -> None:
+        self._monitor = monitor
+        self._number = number
+        self.environment = environment  # what it needs in the worker's
+
+    def watch(self, process: WorkerProcess, name: str, stderr: int | None) -> None:
+        """It runs. Its stacks go where `stderr` leads, which may be closed after this."""
+        if self.environment:
+            self._monitor.watch(self._number, process, name, STDERR if stderr is None else stderr)
+
+    def let_go(self) -> None:
+        """It has ended, or never began. More than once: nothing."""
+        if self.environment:
+            self._monitor.let_go(self._number)
+
+
+class RankMonitor:
+    """A context manager. `ask` is called on the monitor's thread, and must be quick."""
+
+    def __init__(self, settings: MonitorSettings, ask: Ask) -> None:
+        self._monitor = Monitor(settings, self._on_event)
+        self._ask = ask
+        self._numbers = itertools.count()
+        self._lock = threading.Lock()
+        self._names: dict[int, str] = {}
+        self._logs: dict[int, int] = {}
+        log.setLevel(settings.log_level)
+
+    def __enter__(self) -> "RankMonitor":
+        self._monitor.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._monitor.close()
+        for number in [*self._logs]:
+            self.let_go(number)
+
+    def prepare(self) -> Ward:
+        """Before a worker is started."""
+        number = next(self._numbers)
+        try:
+            return Ward(self, number, self._monitor.environment(number))
+        except (OSError, AttributeError) as error:  # an old kernel, a sandbox, no descriptor left
+            log.warning("a worker is not watched for hangs: %s", error)
+            return Ward(self, number, {})
+
+    def watch(self, number: int, process: WorkerProcess, name: str, stderr: int) -> None:
+        log_fd = _writer_to(stderr)
+        with self._lock:
+            self._names[number] = name
+            if log_fd is not None:
+                self._logs[number] = log_fd
+        self._monitor.add_rank(number, process, log_fd, name)
+
+    def let_go(self, number: int) -> None:
+        self._monitor.remove_rank(number)
+        with self._lock:
+            self._names.pop(number, None)
+            log_fd = self._logs.pop(number, None)
+        if log_fd is not None:
+            os.close(log_fd)
+
+    def _on_event(self, event: RankEvent) -> None:
+        with self._lock:
+            name = self._names.get(event.rank, f"worker {event.rank}")
+        match event:
+            case RankHung(culprit=culprit):
+                why = f" (the others wait for {event.names[culprit]})" if culprit is not None else ""
+                log.error("%s hangs, and is ended by signal %d: %s%s", name, event.signal, event.detail, why)
+            case ControlRequested(_, reason, action):
+                log.warning("%s asks for %s: %s", name, action.name, reason)
+                self._ask(action, f"{name} asks for {action.name}: {reason}")
+            case RankSuspected():
+                log.warning("%s may hang: %s", name, event.detail)
+            case MonitorFailed():
+                log.critical("the rank monitor has failed, nothing is watched any more: %s", event.detail)
+            case RankUnlimited():
+                log.info("%s: %s", name, event.detail)
+            case _:
+                log.info("%s: %s", name, event.detail)
+
+
+def _writer_to(fd: int) -> int | None:
+    """A descriptor of our own; to a pipe an open file of our own, that never blocks while the worker's does."""
+    with contextlib.suppress(OSError):
+        if stat.S_ISFIFO(os.fstat(fd).st_mode):
+            return os.open(f"/proc/self/fd/{fd}", os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        return os.dup(fd)
+    return None

@@ -1,0 +1,180 @@
+"""RankMonitorClient: the method names that users of NVIDIA's resiliency extension know.
+
+Differences, all on purpose: it works without a monitor (it says so once), never blocks and never raises because of one;
+every open section counts; limits are learned without a call. With several nodes, `maximum` makes what is calculated the
+same on all ranks: an allreduce, which must not be in this package (no torch here).
+"""
+
+import dataclasses
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any
+
+from everstep.core.limits import HEARTBEAT, OUTSIDE, Observed, merge
+from everstep.errors import EverstepError
+from everstep.monitor.attach import attach, here, say
+from everstep.monitor.beats import Beats
+from everstep.monitor.control import REASON_CHARS_MAX, WorkloadControlRequest
+
+STATE_VERSION = 1
+REQUESTS_KEPT = 8
+Maximum = Callable[[Sequence[float]], Sequence[float]]
+
+
+class RankMonitorClientError(EverstepError):
+    """It was used in a wrong order, or there are too few intervals to calculate from."""
+
+
+@dataclasses.dataclass(frozen=True)
+class HeartbeatTimeouts:
+    """Seconds; None: no limit, or not calculated."""
+
+    initial: float | None = None
+    subsequent: float | None = None
+    were_calculated: bool = False
+
+    @property
+    def are_valid(self) -> bool:
+        return self.subsequent is not None
+
+
+@dataclasses.dataclass(frozen=True)
+class SectionTimeouts:
+    section: Mapping[str, float | None] = dataclasses.field(default_factory=dict)
+    out_of_section: float | None = None
+    calculated_sections: frozenset[str] = frozenset()
+    is_out_of_section_calculated: bool = False
+
+
+class RankMonitorClient:
+    """`maximum` takes this rank's numbers and returns the largest of all ranks; without it each rank has its own, and
+    the monitor takes the largest of its node."""
+
+    def __init__(
+        self, maximum: Maximum | None = None, *, safety_factor: float = 5.0, beats: Beats | None = None
+    ) -> None:
+        self._maximum = maximum
+        self._factor = safety_factor
+        self._beats = here if beats is None else beats
+        self._timeouts: dict[str, float | None] = {}
+        self._requests: list[tuple[int, str, str]] = []
+        self._numbers = 0
+        self.is_initialized = False
+
+    # ---- life
+
+    def init_workload_monitoring(self) -> None:
+        if self.is_initialized:
+            raise RankMonitorClientError("RankMonitorClient is already initialized")
+        self.is_initialized = True
+        if attach() is None:
+            say("this process has no rank monitor: heartbeats and sections are noted, and nobody looks at them")
+        self._beats.say_over(False)
+        if self._timeouts:
+            self._tell()
+
+    def shutdown_workload_monitoring(self) -> None:
+        """This rank wants to be watched no more; its open sections are closed."""
+        if self.is_initialized:
+            self._beats.end_all()
+            self._beats.say_over(True)
+            self.is_initialized = False
+
+    # ---- beats
+
+    def send_heartbeat(self) -> None:
+        self._beats.heartbeat()
+
+    def start_section(self, section: str) -> None:
+        """Raises ConfigError when it is open on this thread already."""
+        self._beats.start(section)
+
+    def end_section(self, section: str) -> None:
+        """Raises ConfigError when it is not open."""
+        self._beats.end(section)
+
+    def end_all_sections(self) -> None:
+        self._beats.end_all()
+
+    # ---- limits
+
+    @property
+    def hb_timeouts(self) -> HeartbeatTimeouts:
+        return HeartbeatTimeouts(None, self._timeouts.get(HEARTBEAT), HEARTBEAT in self._timeouts)
+
+    @property
+    def section_timeouts(self) -> SectionTimeouts:
+        sections = {key: limit for key, limit in self._timeouts.items() if not key.startswith("<")}
+        return SectionTimeouts(sections, self._timeouts.get(OUTSIDE), frozenset(sections), OUTSIDE in self._timeouts)
+
+    def calculate_and_set_hb_timeouts(self, skip_if_not_ready: bool = False) -> bool:
+        """Collective where `maximum` is. False: too few intervals yet, and `skip_if_not_ready`."""
+        return self._calculate([HEARTBEAT], skip_if_not_ready)
+
+    def calculate_and_set_section_timeouts(
+        self,
+        selected_sections: Collection[str] | None = None,
+        calc_out_of_section: bool = True,
+        skip_if_not_ready: bool = False,
+    ) -> bool:
+        """As above; by default for every section that this rank has been in: the same ones on all ranks, then."""
+        every = [key for key in self._beats.observed() if not key.startswith("<")]
+        keys = sorted(every if selected_sections is None else selected_sections)
+        return self._calculate([*keys, OUTSIDE] if calc_out_of_section else keys, skip_if_not_ready)
+
+    def _calculate(self, keys: list[str], skip_if_not_ready: bool) -> bool:
+        observed = self._beats.observed()
+        longest: Sequence[float] = [observed[key].longest_s if key in observed else 0.0 for key in keys]
+        if self._maximum is not None:
+            longest = self._maximum(longest)
+        missing = [key for key, seconds in zip(keys, longest, strict=True) if not seconds > 0.0]
+        if missing or not keys:
+            if skip_if_not_ready:
+                return False
+            raise RankMonitorClientError(
+                f"too few intervals to calculate timeouts: {', '.join(missing) or 'no section'}"
+            )
+        for key, seconds in zip(keys, longest, strict=True):
+            limit, before = self._factor * seconds, self._timeouts.get(key)
+            self._timeouts[key] = limit if before is None else (limit + before) / 2
+        self._tell()
+        return True
+
+    def _tell(self) -> None:
+        attachment = attach()
+        if attachment is not None:
+            attachment.send(timeouts=self._timeouts)
+
+    # ---- state
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain JSON: calculated timeouts, and what was seen so far."""
+        observed = self._beats.observed()
+        return {
+            "version": STATE_VERSION,
+            "timeouts": dict(self._timeouts),
+            "observed": {key: {"count": one.count, "longest_s": one.longest_s} for key, one in observed.items()},
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """At any time. What it holds counts as if this process had seen it."""
+        if state.get("version") != STATE_VERSION:
+            raise RankMonitorClientError(f"this state has version {state.get('version')!r}, not {STATE_VERSION}")
+        self._timeouts = dict(state["timeouts"])
+        seen: dict[str, Observed] = {}
+        merge(seen, [(key, Observed(int(o["count"]), float(o["longest_s"]))) for key, o in state["observed"].items()])
+        self._beats.seed(seen)
+        if self.is_initialized and self._timeouts:
+            self._tell()
+
+    # ---- control
+
+    def send_workload_control_request(self, req: WorkloadControlRequest) -> bool:
+        """At once. False where no launcher of ours hears it; said once."""
+        attachment = attach()
+        if attachment is None:
+            say(f"nobody hears the request {req.action.name}: this process was not started by `everstep run`")
+            return False
+        self._numbers += 1
+        request = (self._numbers, req.action.name, req.description[:REASON_CHARS_MAX])
+        self._requests = [*self._requests, request][-REQUESTS_KEPT:]
+        return attachment.send(requests=self._requests)

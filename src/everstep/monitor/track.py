@@ -1,0 +1,51 @@
+"""The longest interval of late, kept where intervals are measured: in the worker, at next to no cost.
+
+A beat compares with two numbers, a ceiling and an instant, and calls `note` only when one is passed: for the longest
+of each minute, and at each minute's end.
+"""
+
+from collections.abc import Callable
+
+from everstep.core.limits import WARM_UP, Observed, faded
+
+WINDOW_NS = 60_000_000_000
+FIRST_WINDOW_NS = 5_000_000_000
+
+
+class Track:
+    """One kind of interval. `publish(count, longest_ns)` tells the page."""
+
+    def __init__(self, publish: Callable[[int, int], None]) -> None:
+        self._publish = publish
+        self._window = -1  # the longest since the window began
+        self._rolled_at = 0
+        self._due = 0
+        self._seed = 0
+        self.count = 0
+        self.longest_ns = 0
+
+    def note(self, number: int, duration_ns: int, now: int) -> tuple[int, int]:
+        """The `number`th interval, from 1. Returns the ceiling and the instant past which to call again."""
+        if number <= WARM_UP:
+            return -1, 0
+        self.count = self._seed + number - WARM_UP
+        if self._due == 0:
+            self._rolled_at, self._due = now, now + FIRST_WINDOW_NS
+        if now > self._due:
+            left = faded(self.longest_ns / 1e9, (now - self._rolled_at) / 1e9)
+            self.longest_ns = max(self._window, duration_ns, int(left * 1e9))
+            self._window, self._rolled_at, self._due = -1, now, now + WINDOW_NS
+        self._window = max(self._window, duration_ns)
+        self.longest_ns = max(self.longest_ns, duration_ns)
+        self._publish(self.count, self.longest_ns)
+        return self._window, self._due
+
+    def seed(self, observed: Observed) -> None:
+        """What an earlier process saw."""
+        self._seed = max(self._seed, observed.count)
+        self.count = max(self.count, self._seed)
+        self.longest_ns = max(self.longest_ns, int(observed.longest_s * 1e9))
+        self._publish(self.count, self.longest_ns)
+
+    def observed(self) -> Observed | None:
+        return Observed(self.count, self.longest_ns / 1e9) if self.count > 0 else None

@@ -1,0 +1,96 @@
+"""Workers that hang under a real agent: found, shown, ended, started again."""
+
+from pathlib import Path
+
+import pytest
+
+from tests.launcher.agents import script, start_agent, stderr_of
+from tests.support.processes import Spawner
+
+PLAIN = ("--standalone", "--no-template")
+
+HANGS_ONCE = """
+import os, threading
+import everstep as es
+restart, rank = int(os.environ["TORCHELASTIC_RESTART_COUNT"]), int(os.environ["RANK"])
+def stuck_layer():
+    threading.Event().wait()
+with es.section("step"):
+    if restart == 0 and rank == 1:
+        stuck_layer()
+print("done", restart, rank, flush=True)
+"""
+
+
+def test_a_rank_that_hangs_shows_its_stacks_and_is_started_again(spawn: Spawner, tmp_path: Path) -> None:
+    arguments = (*PLAIN, "--nproc-per-node", "2", "--max-restarts", "1", "--ft-rank-section-timeouts", "step:1")
+    agent = start_agent(spawn, tmp_path, *arguments, script(tmp_path, HANGS_ONCE))
+    agent.expect_line("done 1")
+    agent.expect_line("done 1")
+    assert agent.wait() == 0
+    said = stderr_of(agent)
+    assert "rank 1 hangs, and is ended by signal 9: section 'step' open for" in said
+    assert "in stuck_layer" in said
+
+
+def test_a_hang_in_an_import_is_found_with_its_stacks(spawn: Spawner, tmp_path: Path) -> None:
+    script(tmp_path, "import threading\nthreading.Event().wait()\n", "stuck_module.py")
+    path = script(tmp_path, "import stuck_module")
+    agent = start_agent(spawn, tmp_path, *PLAIN, "--ft-initial-rank-heartbeat-timeout", "1.5", path)
+    assert agent.wait() == 1
+    said = stderr_of(agent)
+    assert "no heartbeat and no section" in said
+    assert 'stuck_module.py", line 2 in <module>' in said
+
+
+def test_the_report_of_a_hang_is_in_the_ranks_own_log(spawn: Spawner, tmp_path: Path) -> None:
+    arguments = (*PLAIN, "--max-restarts", "1", "--ft-rank-section-timeouts", "step:1", "--log-dir", str(tmp_path))
+    source = HANGS_ONCE.replace("rank == 1", "rank == 0")
+    agent = start_agent(spawn, tmp_path, *arguments, "--redirects", "3", script(tmp_path, source))
+    assert agent.wait() == 0
+    (log,) = tmp_path.glob("*/attempt_0/0/stderr.log")
+    assert "rank 0 hangs" in log.read_text()
+    assert "in stuck_layer" in log.read_text()
+
+
+ASKS = """
+import threading
+from everstep.monitor import RankMonitorClient, WorkloadAction, WorkloadControlRequest
+client = RankMonitorClient()
+client.init_workload_monitoring()
+client.send_workload_control_request(WorkloadControlRequest(WorkloadAction.{action}, "a broken GPU"))
+threading.Event().wait({wait})
+"""
+
+
+@pytest.mark.parametrize(("action", "code"), [("ShutdownWorkload", 93), ("ExcludeThisNode", 92), ("Continue", 0)])
+def test_a_script_may_ask_its_launcher(spawn: Spawner, tmp_path: Path, action: str, code: int) -> None:
+    source = ASKS.format(action=action, wait="0.1" if action == "Continue" else "")
+    agent = start_agent(spawn, tmp_path, *PLAIN, "--max-restarts", "3", script(tmp_path, source))
+    assert agent.wait() == code
+    assert f"rank 0 asks for {action}: a broken GPU" in stderr_of(agent)
+
+
+DIES_AT_ONE_STEP = """
+import os, struct, sys
+with open(os.environ["EVERSTEP_STEPS_FILE"], "r+b") as file:
+    file.write(struct.pack("<QQ", 1, 7))  # as a Manager does
+print("died", flush=True)
+sys.exit(3)
+"""
+
+
+def test_workers_that_die_at_one_step_again_and_again_are_given_up(spawn: Spawner, tmp_path: Path) -> None:
+    arguments = (*PLAIN, "--max-restarts", "50", "--ft-max-no-progress-cycles", "2")
+    agent = start_agent(spawn, tmp_path, *arguments, script(tmp_path, DIES_AT_ONE_STEP))
+    assert agent.wait() == 93
+    assert agent.stdout_path.read_text().count("died") == 3
+    assert "2 attempts in a row ended without passing step 7" in stderr_of(agent)
+
+
+@pytest.mark.soak
+def test_a_worker_forked_from_the_template_is_watched_too(spawn: Spawner, tmp_path: Path) -> None:
+    arguments = ("--standalone", "--nproc-per-node", "2", "--max-restarts", "1", "--ft-rank-section-timeouts", "step:1")
+    agent = start_agent(spawn, tmp_path, *arguments, script(tmp_path, HANGS_ONCE))
+    assert agent.wait(60.0) == 0
+    assert "in stuck_layer" in stderr_of(agent)
