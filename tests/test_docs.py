@@ -181,6 +181,7 @@ def test_every_shell_command_is_one_that_this_file_knows() -> None:
         r"everstep demo( --json)?",  # tests of the demo
         r"everstep lighthouse( --[\w-]+ \S+)*",  # the flags: below
         r"everstep run .*train\.py( --lr \S+)?",  # launcher/test_launcher_documents
+        r"everstep run .*examples/train_ddp\.py --steps \d+",  # launcher/test_training
         r"export( [A-Z_]+=\S+)+",  # test_examples, and the next
         r"REPLICA_GROUP_ID=\d (python|torchrun --standalone --nproc-per-node 1) examples/train_ddp\.py --steps \d+",
         r"everstep (status|admit \S+)( --lighthouse \S+)?",  # lighthouse/test_command

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from everstep.config import LighthouseSettings
+from everstep.exit_codes import ExitCode
 from everstep.lighthouse.app import Lighthouse
 from tests.launcher.agents import QUIET, ROOT, script, start_agent, stderr_of
 from tests.support import proc
@@ -188,6 +189,21 @@ def test_two_agents_train_a_world_of_two_nodes_through_the_loss_of_one(spawn: Sp
         third.expect_line("reduced 2 restart 1", START_S)
         assert first.wait(START_S) == 0
         assert third.wait(START_S) == 0
+
+
+def test_the_one_command_of_the_readme_trains_three_groups_through_a_kill(spawn: Spawner, tmp_path: Path) -> None:
+    lines = (ROOT / "README.md").read_text().splitlines()
+    (command,) = [line for line in lines if line.startswith("everstep run --replica-groups 3")]
+    arguments = command.removeprefix("everstep run ").replace("examples/", f"{ROOT}/examples/").split()
+    agent = start_agent(spawn, tmp_path, *arguments)
+    agent.expect_line("participants 3", START_S)
+    workers = [stat.pid for stat in proc.descendants(agent.pid) if "train_ddp.py" in proc.command_line(stat.pid)]
+    assert len(workers) == 3
+    os.kill(workers[1], signal.SIGKILL)
+    agent.expect_line("participants 2", START_S)
+    agent.expect_line("participants 3", START_S)
+    agent.kill(signal.SIGTERM)
+    assert agent.wait(START_S) == ExitCode.DRAINED
 
 
 def readme_commands() -> list[str]:
