@@ -229,7 +229,7 @@ def files_are_short(source: Source) -> Iterator[str]:
 
 
 def functions_are_short(source: Source) -> Iterator[str]:
-    for node in ast.walk(source.tree):
+    for node in source.nodes:
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             lines = (node.end_lineno or node.lineno) - node.lineno + 1
             if lines > FUNCTION_LINES_MAX:
@@ -252,7 +252,7 @@ def modules_have_docstrings(source: Source) -> Iterator[str]:
 def broad_excepts_say_why(source: Source) -> Iterator[str]:
     if not source.is_package_source:
         return
-    for node in ast.walk(source.tree):
+    for node in source.nodes:
         if isinstance(node, ast.ExceptHandler) and _is_broad(node.type) and not _reraises(node):
             around = source.lines[max(0, node.lineno - 2) : node.body[0].lineno]
             if not any("#" in line for line in around):
@@ -285,7 +285,7 @@ def tests_do_not_mock(source: Source) -> Iterator[str]:
     for use in source.imports:
         if any(use.name == name or use.name.startswith(f"{name}.") for name in MOCK_MODULES):
             yield _at(source, use.line, f"{use.name}; use the real part, or hand a simple one in")
-    for node in ast.walk(source.tree):
+    for node in source.nodes:
         if isinstance(node, ast.Attribute) and node.attr in ("setattr", "delattr"):
             yield _at(source, node.lineno, f".{node.attr} patches our code; hand the value in as an argument")
         if isinstance(node, ast.arg) and node.arg == "mocker":

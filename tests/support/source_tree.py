@@ -29,6 +29,11 @@ class Source:
         return ast.parse(self.text, self.path)
 
     @cached_property
+    def nodes(self) -> list[ast.AST]:
+        """All of the tree's, breadth first."""
+        return list(ast.walk(self.tree))
+
+    @cached_property
     def lines(self) -> list[str]:
         return self.text.splitlines()
 
@@ -57,7 +62,7 @@ class Source:
     def uses(self) -> tuple[Use, ...]:
         """`imports`, and attribute paths that start at an imported name: `dist.abort` as `torch.distributed.abort`."""
         found = list(self.imports)
-        for node in ast.walk(self.tree):
+        for node in self.nodes:
             if isinstance(node, ast.Attribute | ast.Call | ast.Name):
                 name = self._dotted(node)
                 if name and "." in name:
@@ -66,14 +71,14 @@ class Source:
 
     def calls(self, name: str) -> Iterator[ast.Call]:
         """Calls of this imported function (`asyncio.sleep`) or bare builtin (`open`)."""
-        for node in ast.walk(self.tree):
+        for node in self.nodes:
             if isinstance(node, ast.Call):
                 is_builtin = isinstance(node.func, ast.Name) and node.func.id == name and name not in self._bindings
                 if is_builtin or self._dotted(node.func) == name:
                     yield node
 
     def _imports(self) -> Iterator[Use]:
-        for node in ast.walk(self.tree):
+        for node in self.nodes:
             if isinstance(node, ast.Import):
                 yield from (Use(name=alias.name, line=node.lineno) for alias in node.names)
             elif isinstance(node, ast.ImportFrom):
@@ -88,7 +93,7 @@ class Source:
     def _bindings(self) -> dict[str, str]:
         """What each imported name stands for."""
         found: dict[str, str] = {}
-        for node in ast.walk(self.tree):
+        for node in self.nodes:
             if isinstance(node, ast.Import):
                 for alias in node.names:
                     root = alias.name.partition(".")[0]
