@@ -120,6 +120,7 @@ def test_an_exception_closes_what_is_open(tmp_path: Path, lightning: dict[str, A
     assert not client.is_initialized
 
 
+@pytest.mark.soak
 def test_a_step_that_hangs_is_found(spawn: Spawner, tmp_path: Path) -> None:
     source = f"""{MODULE}
 from everstep.integrations.lightning import FaultToleranceCallback

@@ -132,7 +132,7 @@ def test_closing_ends_a_join_and_a_spares_wait(agents: Agents) -> None:
     agents.expect("late", "error", kind="RendezvousEnded")
 
 
-@pytest.mark.parametrize("seconds", [10, pytest.param(600, marks=pytest.mark.soak)])
+@pytest.mark.parametrize("seconds", [5, pytest.param(600, marks=pytest.mark.soak)])
 def test_fifty_nodes_that_come_and_go_at_random_have_one_round_at_a_time(spawn: Spawner, seconds: int) -> None:
     rng = random.Random(seconds)
     lighthouse = lighthouse_process(spawn)
