@@ -1,39 +1,38 @@
-"""The demo's conductor: an embedded lighthouse, three groups, one SIGKILL, one return, and what came of it."""
+"""The demo's conductor: `everstep run` with three groups, one SIGKILL, one return, and what came of it."""
 
 import dataclasses
 import enum
+import os
 import random
-import secrets
+import signal
+import socket
 import tempfile
 import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from everstep.config import LighthouseSettings
 from everstep.demo.display import Display
-from everstep.demo.workers import Report, Worker, Workers
+from everstep.demo.job import Job, Report
 from everstep.errors import EverstepError
-from everstep.lighthouse.app import Lighthouse
 from everstep.link.auth import Credentials
 from everstep.link.dial import LinkTarget
 from everstep.link.operate import job_status
 
 GROUPS = 3
 STEPS_BEFORE_KILL = 40
-STEPS_APART = 25  # that the survivors go on alone before the killed group starts again
 STEPS_TOGETHER = 40
 DEADLINE_S = 180.0
 
 
 class DemoFailed(EverstepError):
-    """A worker ended, or the time was up; the message says which and quotes its log."""
+    """A worker or the agent ended, or the time was up; the message says which and quotes the log."""
 
 
 class Act(enum.Enum):
     TOGETHER = "all groups train"
     APART = "one group was killed; the others go on"
-    RETURN = "the killed group starts again"
+    RETURN = "the agent has started the killed group again"
     FINISH = "all groups train together again"
 
 
@@ -42,6 +41,8 @@ class Group:
     """What the display shows and the summary needs."""
 
     number: int
+    connection: socket.socket | None = None  # of the process that runs
+    pid: int = 0
     step: int = 0
     loss: float = float("nan")
     state: str = "starting"
@@ -49,14 +50,18 @@ class Group:
     next_commit_at: float | None = None  # the first one after the kill
     aborted_after_kill: int = 0
     digest: str = ""
+    has_left: bool = False
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Summary:
+    """`restart_s`: from the SIGKILL until its script ran again; `rejoin_s`: from then to its first commit."""
+
     groups: int
     steps: int
     survivor_pause_s: float
     steps_lost: int
+    restart_s: float
     rejoin_s: float
     replicas_identical: bool
     loss_first: float
@@ -72,9 +77,9 @@ class Demo:
         self._environ = environ
         self._rng = rng
         self._groups = [Group(number) for number in range(GROUPS)]
-        self._workers: dict[int, Worker] = {}
         self._act = Act.TOGETHER
         self._victim = GROUPS - 1
+        self._lighthouse: LinkTarget | None = None
         self._killed_at = 0.0
         self._restarted_at = 0.0
         self._rejoined_at = 0.0
@@ -84,71 +89,79 @@ class Demo:
 
     def run(self) -> Summary:
         with tempfile.TemporaryDirectory(prefix="everstep-demo-") as name:
-            folder = Path(name)
-            token = _write_token(folder / "token")
-            settings = LighthouseSettings(port=0, token=token, state_dir=folder / "lighthouse")
-            with Lighthouse.in_thread(settings) as lighthouse:
-                environment = {
-                    **self._environ,
-                    "EVERSTEP_LIGHTHOUSE": lighthouse.address,
-                    "EVERSTEP_JOB_ID": "demo",
-                    "EVERSTEP_TOKEN_FILE": str(folder / "token"),
-                    "NUM_REPLICA_GROUPS": str(GROUPS),
-                    "TORCH_CPP_LOG_LEVEL": "ERROR",
-                }
-                with Workers(environment, folder) as workers:
-                    self._conduct(workers)
-                where = LinkTarget(url=lighthouse.url, credentials=Credentials(job_id="demo", token=token))
-                self._ledger = job_status(where)["ledger"]
+            with Job(GROUPS, self._environ, Path(name)) as job:
+                self._display.say(f"$ {job.command}")
+                self._conduct(job)
+                assert self._lighthouse is not None
+                self._ledger = job_status(self._lighthouse)["ledger"]
+                code = job.finish()
+                if code != 0:
+                    raise DemoFailed(f"the agent ended with {code}: {job.last_lines()}")
         return self._summary()
 
     # ---- the play
 
-    def _conduct(self, workers: Workers) -> None:
-        for group in self._groups:
-            self._workers[group.number] = workers.start(group.number)
-        self._display.say(f"{GROUPS} replica groups start; a lighthouse runs in this process")
+    def _conduct(self, job: Job) -> None:
         deadline = time.monotonic() + DEADLINE_S
         # The instant is random, so that the kill falls into any phase of a step.
         kill_at_step = STEPS_BEFORE_KILL + self._rng.randrange(5)
         kill_delay_s = self._rng.uniform(0.0, 0.1)
         kill_at: float | None = None
-        while not all(group.digest for group in self._groups):
+        while not all(group.has_left for group in self._groups):
             now = time.monotonic()
             if now >= deadline:
-                raise DemoFailed(f"the demo did not end within {DEADLINE_S:g} s ({self._act.value})")
+                raise DemoFailed(
+                    f"the demo did not end within {DEADLINE_S:g} s ({self._act.value}); the end of the job's log:\n"
+                    + job.last_lines()
+                )
+            if job.exit_code is not None:
+                raise DemoFailed(f"the agent ended with {job.exit_code}; the end of its log:\n{job.last_lines()}")
             if kill_at is None and self._act is Act.TOGETHER and self._lowest() >= kill_at_step:
                 kill_at = now + kill_delay_s
             if self._act is Act.TOGETHER and kill_at is not None and now >= kill_at:
-                self._kill(workers)
+                self._kill()
             wait_s = 0.2 if kill_at is None or self._act is not Act.TOGETHER else max(0.0, kill_at - now)
-            for report in workers.reports(min(0.2, wait_s)):
-                self._take(report, workers)
+            for report in job.reports(min(0.2, wait_s)):
+                self._take(report, job)
             self._display.show(self._groups, self._act.value)
 
-    def _kill(self, workers: Workers) -> None:
+    def _kill(self) -> None:
         self._act = Act.APART
         victim = self._groups[self._victim]
         self._step_at_kill = max(group.step for group in self._groups)
-        self._killed_at = workers.kill(self._workers[self._victim])
-        victim.state = "killed"
+        self._killed_at = time.monotonic()
+        os.kill(victim.pid, signal.SIGKILL)
+        victim.connection, victim.state = None, "killed"
         self._display.say(f"SIGKILL to group {self._victim} after step {self._step_at_kill}")
 
-    def _take(self, report: Report, workers: Workers) -> None:
-        group = self._groups[report.worker.group]
-        if report.fields is None:
-            if report.worker is self._workers[group.number] and not group.digest and group.state != "killed":
-                raise DemoFailed(f"group {group.number} ended: {_last_lines(report.worker.log)}")
+    def _take(self, report: Report, job: Job) -> None:
+        fields = report.fields
+        if fields is not None and fields["event"] == "started":
+            self._started(self._groups[int(fields["group"])], report.connection, fields)
             return
-        if report.worker is not self._workers[group.number] or group.state == "killed":
-            return
-        event = report.fields["event"]
-        if event == "step":
-            self._step(group, report.fields, workers)
-        elif event == "done":
-            group.digest, group.state = report.fields["digest"] + report.fields["lineage"], "done"
+        group = next((group for group in self._groups if group.connection is report.connection), None)
+        if group is None:
+            return  # of the killed one's last moments
+        if fields is None:
+            raise DemoFailed(f"group {group.number} ended; the end of the job's log:\n{job.last_lines()}")
+        if fields["event"] == "step":
+            self._step(group, fields, job)
+        elif fields["event"] == "done":
+            group.digest, group.state = fields["digest"], "done"
+        elif fields["event"] == "left":
+            group.has_left = True
 
-    def _step(self, group: Group, fields: dict[str, Any], workers: Workers) -> None:
+    def _started(self, group: Group, connection: socket.socket, fields: dict[str, Any]) -> None:
+        group.connection, group.pid = connection, fields["pid"]
+        self._lighthouse = LinkTarget(url=fields["lighthouse"], credentials=Credentials(job_id=fields["job"]))
+        if self._act is Act.APART:
+            self._act = Act.RETURN
+            self._restarted_at = fields["at"]
+            group.state = "starting again"
+            after_ms = (self._restarted_at - self._killed_at) * 1e3
+            self._display.say(f"group {group.number} runs again {after_ms:.0f} ms after the kill: its agent saw it die")
+
+    def _step(self, group: Group, fields: dict[str, Any], job: Job) -> None:
         group.step, group.loss = fields["step"], fields["loss"]
         if group.first_loss is None:
             group.first_loss = group.loss
@@ -161,26 +174,16 @@ class Demo:
             group.next_commit_at = fields["at"]
             pause_ms = (fields["at"] - self._killed_at) * 1e3
             self._display.say(f"group {group.number} commits step {group.step} {pause_ms:.0f} ms after the kill")
-        if self._act is Act.APART and self._lowest_survivor() >= self._step_at_kill + STEPS_APART:
-            self._act = Act.RETURN
-            self._workers[self._victim] = workers.start(self._victim)
-            self._restarted_at = self._workers[self._victim].started_at
-            self._groups[self._victim].state = "starting again"
-            self._display.say(f"group {self._victim} starts again")
-        elif self._act is Act.RETURN and group.number == self._victim:
+        if self._act is Act.RETURN and group.number == self._victim:
             self._act = Act.FINISH
             self._rejoined_at = fields["at"]
             self._stop_step = max(g.step for g in self._groups) + STEPS_TOGETHER
-            after_s = self._rejoined_at - self._restarted_at
-            self._display.say(f"group {group.number} is back after {after_s:.1f} s, at step {group.step}")
-            for worker in self._workers.values():
-                workers.tell_stop(worker, self._stop_step)
+            after_s = self._rejoined_at - self._killed_at
+            self._display.say(f"group {group.number} is back {after_s:.2f} s after the kill, at step {group.step}")
+            job.tell_stop(self._stop_step)
 
     def _lowest(self) -> int:
         return min(group.step for group in self._groups)
-
-    def _lowest_survivor(self) -> int:
-        return min(group.step for group in self._groups if group.number != self._victim)
 
     def _summary(self) -> Summary:
         survivors = [group for group in self._groups if group.number != self._victim]
@@ -190,6 +193,7 @@ class Demo:
             steps=self._stop_step,
             survivor_pause_s=round(max(pauses), 4),
             steps_lost=sum(group.aborted_after_kill for group in survivors),
+            restart_s=round(self._restarted_at - self._killed_at, 3),
             rejoin_s=round(self._rejoined_at - self._restarted_at, 3),
             replicas_identical=len({group.digest for group in self._groups}) == 1,
             loss_first=round(self._groups[0].first_loss or float("nan"), 4),
@@ -203,19 +207,8 @@ def describe(summary: Summary) -> str:
     return (
         f"\nThe survivors committed their next step {summary.survivor_pause_s * 1e3:.0f} ms after the SIGKILL.\n"
         f"Computed steps lost: {summary.steps_lost}.\n"
-        f"The killed group was back, with its peers' live state, {summary.rejoin_s:.1f} s after its restart.\n"
+        f"The killed group ran again {summary.restart_s * 1e3:.0f} ms after it, and was back, with its peers' live state, "
+        f"{summary.rejoin_s:.2f} s later.\n"
         f"After step {summary.steps} all {summary.groups} replicas {same}; "
         f"loss {summary.loss_first:.2f} -> {summary.loss_last:.2f}."
     )
-
-
-def _write_token(path: Path) -> bytes:
-    token = secrets.token_hex(16).encode()
-    path.touch(mode=0o600)
-    path.write_bytes(token)
-    return token
-
-
-def _last_lines(log: Path) -> str:
-    lines = log.read_text(errors="replace").strip().splitlines()
-    return " | ".join(lines[-3:]) or "it wrote nothing to its log"

@@ -1,13 +1,14 @@
-"""One replica group of the demo, in a process of its own: the five-line loop, and reports as JSON lines.
+"""One replica group of the demo: the five-line loop, and a report of each step.
 
-Standard input takes `stop N`: finish after committed step N. When it ends, the demo is gone, and so is this process.
+With a path as its argument it reports to the demo that listens there, takes `N` from it as "finish after committed step
+N", and leaves when the demo has gone. Without, it prints its reports, and trains until it is told to end.
 """
 
 import json
 import logging
 import os
+import socket
 import sys
-import threading
 import time
 from typing import Any
 
@@ -17,8 +18,10 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 
 import everstep as es
+from everstep.config import manager_settings
 from everstep.demo.gpt import GPT, GPTConfig
 from everstep.demo.text import standard_library_text
+from everstep.exit_codes import ExitCode
 
 BATCH_SIZE = 8
 LEARNING_RATE = 2e-3
@@ -40,23 +43,47 @@ class Windows(Dataset[tuple[torch.Tensor, torch.Tensor]]):
         return window[:-1], window[1:]
 
 
-class Orders:
-    """What the demo tells this worker."""
+class Audience:
+    """Who hears this worker's reports: the demo at that path, or without one whoever reads its output."""
 
-    def __init__(self) -> None:
-        self.stop_step = sys.maxsize
-        threading.Thread(target=self._read, name="orders", daemon=True).start()
+    def __init__(self, path: str) -> None:
+        self._path = path
+        self._demo = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) if path else None
 
-    def _read(self) -> None:
-        for line in sys.stdin:
-            self.stop_step = int(line.split()[1])
-        if self.stop_step == sys.maxsize:
-            os._exit(1)  # from a thread, sys.exit would end only the thread
+    def __enter__(self) -> "Audience":
+        if self._demo is not None:
+            try:
+                self._demo.connect(self._path)
+            except OSError:
+                sys.exit(ExitCode.DO_NOT_RESTART)
+        return self
 
+    def __exit__(self, *_: object) -> None:
+        if self._demo is not None:
+            self._demo.close()
 
-def report(event: str, **fields: Any) -> None:
-    sys.stdout.write(json.dumps({"event": event, "at": time.monotonic(), **fields}) + "\n")
-    sys.stdout.flush()
+    def tell(self, event: str, **fields: Any) -> None:
+        line = json.dumps({"event": event, "at": time.monotonic(), **fields})
+        if self._demo is None:
+            sys.stdout.write(line + "\n")
+            return
+        try:
+            self._demo.send(line.encode())
+        except OSError:
+            sys.exit(ExitCode.DO_NOT_RESTART)
+
+    def stop_step(self) -> int | None:
+        """What it has asked for since the last time."""
+        if self._demo is None:
+            return None
+        try:
+            return int(self._demo.recv(64, socket.MSG_DONTWAIT) or sys.exit(ExitCode.DO_NOT_RESTART))
+        except BlockingIOError:
+            return None
+
+    def await_end(self) -> None:
+        if self._demo is not None:
+            self._demo.recv(64)
 
 
 def digest_of(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> str:
@@ -73,32 +100,42 @@ def digest_of(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> str:
 def main() -> None:
     torch.set_num_threads(1)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s")
-    orders = Orders()
+    settings = manager_settings()
+    with Audience("".join(sys.argv[1:2])) as audience:
+        place = {"group": settings.replica_group_id, "lighthouse": settings.lighthouse, "job": settings.job_id}
+        audience.tell("started", pid=os.getpid(), **place)
+        with es.Manager() as manager:
+            train(manager, audience)
+        audience.tell("left")
+        audience.await_end()  # the demo asks the lighthouse for the ledger, and that one ends with the last worker
+
+
+def train(manager: es.Manager, audience: Audience) -> None:
     config = GPTConfig()
     dataset = Windows(standard_library_text(), config.context)
-    report("started")
-    with es.Manager() as manager:
-        model = es.DistributedDataParallel(manager, GPT(config))
-        optimizer = es.Optimizer(manager, torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE))
-        sampler = es.DistributedSampler(manager, dataset, batch_size=BATCH_SIZE)
-        loader = DataLoader(dataset, batch_sampler=sampler)
-        for epoch in range(1_000_000):
-            sampler.set_epoch(epoch)
-            for tokens, targets in sampler.batches(loader):
-                optimizer.zero_grad()
-                loss = F.cross_entropy(model(tokens).flatten(0, 1), targets.flatten())
-                loss.backward()  # type: ignore[no-untyped-call]
-                result = optimizer.step()
-                report(
-                    "step",
-                    step=result.step,
-                    committed=result.committed,
-                    participants=result.participants,
-                    loss=loss.item(),
-                )
-                if result.step >= orders.stop_step:
-                    report("done", step=result.step, digest=digest_of(model, optimizer), lineage=manager.lineage())
-                    return
+    model = es.DistributedDataParallel(manager, GPT(config))
+    optimizer = es.Optimizer(manager, torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE))
+    sampler = es.DistributedSampler(manager, dataset, batch_size=BATCH_SIZE)
+    loader = DataLoader(dataset, batch_sampler=sampler)
+    stop_step = sys.maxsize
+    for epoch in range(1_000_000):
+        sampler.set_epoch(epoch)
+        for tokens, targets in sampler.batches(loader):
+            optimizer.zero_grad()
+            loss = F.cross_entropy(model(tokens).flatten(0, 1), targets.flatten())
+            loss.backward()  # type: ignore[no-untyped-call]
+            result = optimizer.step()
+            audience.tell(
+                "step",
+                step=result.step,
+                committed=result.committed,
+                participants=result.participants,
+                loss=loss.item(),
+            )
+            stop_step = audience.stop_step() or stop_step
+            if result.step >= stop_step:
+                audience.tell("done", digest=digest_of(model, optimizer) + manager.lineage())
+                return
 
 
 if __name__ == "__main__":
