@@ -119,8 +119,11 @@ def _starter(settings: JobSettings) -> Iterator[Starter]:
 
 
 def _preload(settings: JobSettings) -> tuple[str, ...]:
-    """Before what the operator asks for. Workers that are replica groups would take seconds to import the rest."""
-    return ("torch", "everstep.train.manager") if settings.replica_groups else ("torch",)
+    """Before what the operator asks for. Workers that are replica groups would take seconds to import the rest.
+
+    Every optimizer of torch imports torch._dynamo when it is made, with 800 modules.
+    """
+    return ("torch", "everstep.train.manager", "torch._dynamo") if settings.replica_groups else ("torch",)
 
 
 class _Agent:
