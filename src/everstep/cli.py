@@ -267,7 +267,7 @@ def demo(
     except DemoFailed as error:
         typer.echo(f"everstep: {error}", err=True)
         raise typer.Exit(1) from error
-    console.print(describe(summary), highlight=False)
+    console.print(describe(summary), highlight=False, soft_wrap=True)
     console.print(ledger_table(summary.ledger))
     if as_json:
         typer.echo(json.dumps(dataclasses.asdict(summary)))

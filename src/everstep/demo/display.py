@@ -58,8 +58,11 @@ class Display:
         now = time.monotonic()
         if now >= self._line_at:
             self._line_at = now + LINE_INTERVAL_S
-            rows = "   ".join(f"group {g.number}: step {g.step} loss {g.loss:.3f} {g.state}" for g in groups)
-            self.say(rows)
+            self.say("   ".join(_line(group) for group in groups))
+
+
+def _line(group: Row) -> str:
+    return f"group {group.number}: " + (f"step {group.step} loss {group.loss:.3f} " if group.step else "") + group.state
 
 
 def _table(groups: Sequence[Row], act: str) -> Table:

@@ -4,6 +4,7 @@ What the agent and the workers write goes into one file, which is shown when som
 demo's end for theirs, and the agent follows them.
 """
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -72,7 +73,7 @@ class Job:
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGKILL):  # the second makes it kill the workers
             if self._agent.poll() is None:
                 self._agent.send_signal(number)
-                self._has_ended(STOP_S)
+                self._wait(STOP_S)
         self._dismiss()
         self._listener.close()
         self._selector.close()
@@ -102,12 +103,13 @@ class Job:
 
     def tell_stop(self, step: int) -> None:
         for connection in self._connections():
-            connection.send(str(step).encode())
+            with contextlib.suppress(OSError):  # one that has died: its end is reported, too
+                connection.send(str(step).encode())
 
     def finish(self) -> int | None:
         """Dismiss the workers; the agent's exit code, None where it does not end in time."""
         self._dismiss()
-        self._has_ended(FINISH_S)
+        self._wait(FINISH_S)
         return self.exit_code
 
     def last_lines(self) -> str:
@@ -123,10 +125,7 @@ class Job:
             self._selector.unregister(connection)
             connection.close()
 
-    def _has_ended(self, timeout_s: float) -> bool:
+    def _wait(self, timeout_s: float) -> None:
         assert self._agent is not None
-        try:
+        with contextlib.suppress(subprocess.TimeoutExpired):
             self._agent.wait(timeout_s)
-        except subprocess.TimeoutExpired:
-            return False
-        return True

@@ -96,7 +96,7 @@ class Demo:
                 self._ledger = job_status(self._lighthouse)["ledger"]
                 code = job.finish()
                 if code != 0:
-                    raise DemoFailed(f"the agent ended with {code}: {job.last_lines()}")
+                    raise DemoFailed(f"the agent ended with {code}; the end of its log:\n{job.last_lines()}")
         return self._summary()
 
     # ---- the play
@@ -207,8 +207,8 @@ def describe(summary: Summary) -> str:
     return (
         f"\nThe survivors committed their next step {summary.survivor_pause_s * 1e3:.0f} ms after the SIGKILL.\n"
         f"Computed steps lost: {summary.steps_lost}.\n"
-        f"The killed group ran again {summary.restart_s * 1e3:.0f} ms after it, and was back, with its peers' live state, "
-        f"{summary.rejoin_s:.2f} s later.\n"
+        f"The killed group ran again {summary.restart_s * 1e3:.0f} ms after it; "
+        f"{summary.rejoin_s:.2f} s later it was back, with its peers' live state.\n"
         f"After step {summary.steps} all {summary.groups} replicas {same}; "
         f"loss {summary.loss_first:.2f} -> {summary.loss_last:.2f}."
     )

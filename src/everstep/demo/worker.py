@@ -4,6 +4,7 @@ With a path as its argument it reports to the demo that listens there, takes `N`
 N", and leaves when the demo has gone. Without, it prints its reports, and trains until it is told to end.
 """
 
+import contextlib
 import json
 import logging
 import os
@@ -49,6 +50,7 @@ class Audience:
     def __init__(self, path: str) -> None:
         self._path = path
         self._demo = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) if path else None
+        self._stop_step = sys.maxsize
 
     def __enter__(self) -> "Audience":
         if self._demo is not None:
@@ -72,18 +74,21 @@ class Audience:
         except OSError:
             sys.exit(ExitCode.DO_NOT_RESTART)
 
-    def stop_step(self) -> int | None:
-        """What it has asked for since the last time."""
-        if self._demo is None:
-            return None
-        try:
-            return int(self._demo.recv(64, socket.MSG_DONTWAIT) or sys.exit(ExitCode.DO_NOT_RESTART))
-        except BlockingIOError:
-            return None
+    def stop_step(self) -> int:
+        """As asked for by now; a large number before."""
+        if self._demo is not None:
+            try:
+                self._stop_step = int(self._demo.recv(64, socket.MSG_DONTWAIT))
+            except BlockingIOError:
+                pass
+            except (OSError, ValueError):  # the demo has gone
+                sys.exit(ExitCode.DO_NOT_RESTART)
+        return self._stop_step
 
     def await_end(self) -> None:
         if self._demo is not None:
-            self._demo.recv(64)
+            with contextlib.suppress(OSError):
+                self._demo.recv(64)
 
 
 def digest_of(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> str:
@@ -117,7 +122,6 @@ def train(manager: es.Manager, audience: Audience) -> None:
     optimizer = es.Optimizer(manager, torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE))
     sampler = es.DistributedSampler(manager, dataset, batch_size=BATCH_SIZE)
     loader = DataLoader(dataset, batch_sampler=sampler)
-    stop_step = sys.maxsize
     for epoch in range(1_000_000):
         sampler.set_epoch(epoch)
         for tokens, targets in sampler.batches(loader):
@@ -132,8 +136,7 @@ def train(manager: es.Manager, audience: Audience) -> None:
                 participants=result.participants,
                 loss=loss.item(),
             )
-            stop_step = audience.stop_step() or stop_step
-            if result.step >= stop_step:
+            if result.step >= audience.stop_step():
                 audience.tell("done", digest=digest_of(model, optimizer) + manager.lineage())
                 return
 
