@@ -7,18 +7,17 @@ demo's end for theirs, and the agent follows them.
 import contextlib
 import dataclasses
 import json
-import os
 import selectors
 import shlex
-import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-STOP_S = 3.0  # for the agent to act on a signal, before it gets the next
+STOP_S = 5.0  # for the workers to end, once their agent was killed
 FINISH_S = 20.0
 MESSAGE_BYTES_MAX = 4096
 LINES_SHOWN = 20
@@ -40,7 +39,7 @@ class Job:
     def __init__(self, groups: int, environ: Mapping[str, str], folder: Path) -> None:
         self._arguments = ["run", "--replica-groups", str(groups), "--max-restarts", "1", "-m", "everstep.demo.worker"]
         # On the CPU whatever the machine has: its devices might not divide among the groups.
-        own = {"CUDA_VISIBLE_DEVICES": "", "TORCH_CPP_LOG_LEVEL": "ERROR"}
+        own = {"CUDA_VISIBLE_DEVICES": "", "TORCH_CPP_LOG_LEVEL": "ERROR", "TMPDIR": str(folder)}
         self._environment = {name: value for name, value in environ.items() if not name.startswith(FOREIGN)} | own
         self._address = str(folder / "reports")
         self._log = folder / "job.log"
@@ -70,10 +69,12 @@ class Job:
 
     def __exit__(self, *_: object) -> None:
         assert self._agent is not None
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGKILL):  # the second makes it kill the workers
-            if self._agent.poll() is None:
-                self._agent.send_signal(number)
-                self._wait(STOP_S)
+        if self._agent.poll() is None:  # on the way of an error, or a Ctrl-C
+            self._agent.kill()  # its workers end with it
+            self._agent.wait()
+            deadline = time.monotonic() + STOP_S
+            while self._connections() and time.monotonic() < deadline:
+                list(self.reports(STOP_S))  # their connections' ends
         self._dismiss()
         self._listener.close()
         self._selector.close()
@@ -109,12 +110,14 @@ class Job:
     def finish(self) -> int | None:
         """Dismiss the workers; the agent's exit code, None where it does not end in time."""
         self._dismiss()
-        self._wait(FINISH_S)
-        return self.exit_code
+        assert self._agent is not None
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            return self._agent.wait(FINISH_S)
+        return None
 
     def last_lines(self) -> str:
         lines = self._log.read_text(errors="replace").strip().splitlines()
-        return os.linesep.join(lines[-LINES_SHOWN:]) or "nothing was logged"
+        return "\n".join(lines[-LINES_SHOWN:]) or "nothing was logged"
 
     def _connections(self) -> list[socket.socket]:
         found = [key.fileobj for key in self._selector.get_map().values()]
@@ -124,8 +127,3 @@ class Job:
         for connection in self._connections():
             self._selector.unregister(connection)
             connection.close()
-
-    def _wait(self, timeout_s: float) -> None:
-        assert self._agent is not None
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            self._agent.wait(timeout_s)

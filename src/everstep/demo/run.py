@@ -88,7 +88,7 @@ class Demo:
         self._ledger: dict[str, dict[str, float]] = {}
 
     def run(self) -> Summary:
-        with tempfile.TemporaryDirectory(prefix="everstep-demo-") as name:
+        with tempfile.TemporaryDirectory(prefix="everstep-demo-", ignore_cleanup_errors=True) as name:
             with Job(GROUPS, self._environ, Path(name)) as job:
                 self._display.say(f"$ {job.command}")
                 self._conduct(job)
