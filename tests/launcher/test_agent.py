@@ -16,6 +16,8 @@ from tests.support.processes import Spawner
 
 PLAIN = ("--standalone", "--no-template")
 GONE_S = 1.0
+TORCH_S = 60.0  # to import it, on a machine that does other things, too
+DRAINED_S = 8.0  # less than what the agent waits for a thread
 
 ENDS_IN_EVERY_WAY = """
 import os, signal, sys
@@ -150,6 +152,23 @@ def test_a_signal_drains_the_node(spawn: Spawner, tmp_path: Path, number: int) -
     agent.kill(number)
     agent.expect_line(f"told {number}")
     assert agent.wait() == 92
+
+
+LOADS_FOR_EVER = """
+import os, signal
+os.write(1, b"loads\\n")
+signal.pause()
+"""
+
+
+def test_a_node_whose_template_still_loads_joins_no_round_and_drains_at_once(spawn: Spawner, tmp_path: Path) -> None:
+    script(tmp_path, LOADS_FOR_EVER, "loads_for_ever.py")
+    source = script(tmp_path, "")
+    agent = start_agent(spawn, tmp_path, "--replica-groups", "2", "--preload", "loads_for_ever", source)
+    agent.expect_line("loads", TORCH_S)
+    agent.kill(signal.SIGTERM)
+    assert agent.wait(DRAINED_S) == 92
+    assert "round" not in stderr_of(agent)
 
 
 def test_a_second_signal_kills_workers_that_do_not_obey(spawn: Spawner, tmp_path: Path) -> None:

@@ -327,7 +327,8 @@ class _Agent:
         client = NodeClient(target, name, spec)
         client.on_fence = lambda worker: self._fence(group, worker)
         client.vouch = lambda worker: self._vouch(group, worker)
-        return GroupRendezvous(group, client, settings, self._store_opener(group, client), self._queue.put)
+        opener = self._store_opener(group, client)
+        return GroupRendezvous(group, client, settings, opener, self._starter.wait_ready, self._queue.put)
 
     def _fence(self, group: str, worker: str) -> None:
         workers = self._workers.get(group)

@@ -46,6 +46,7 @@ REASON_CHARS_MAX = 1000
 CLOSE_S = 2.0
 WATCH_S = 3600.0  # of waiting for news; then again
 LEAVE_S = 10.0
+READY_S = 0.25  # of waiting for workers to be startable; then a look at whether this leaves, and again
 
 log = logging.getLogger("everstep.launcher")
 
@@ -60,7 +61,10 @@ class Round:
 
 
 class GroupRendezvous:
-    """`open_store` is called on a thread of this: it opens the workers' store and returns host:port."""
+    """`open_store` is called on a thread of this: it opens the workers' store and returns host:port.
+
+    `is_ready` waits for so many seconds at most until workers can be started.
+    """
 
     def __init__(
         self,
@@ -68,12 +72,14 @@ class GroupRendezvous:
         client: NodeClient,
         settings: JobSettings,
         open_store: Callable[[], str],
+        is_ready: Callable[[float], bool],
         tell: Callable[[RestartEvent | Round], None],
     ) -> None:
         self.group = group
         self.client = client
         self._settings = settings
         self._open_store = open_store
+        self._is_ready = is_ready
         self._tell = tell
         self._wanted: queue.SimpleQueue[int | None] = (
             queue.SimpleQueue()
@@ -130,6 +136,7 @@ class GroupRendezvous:
             restarts = self._wanted.get()
             if restarts is None:
                 return
+            self._await_ready()
             try:
                 info = self.client.next_round(self._open_store, restarts)
                 ranks = self._numbered(info)
@@ -142,6 +149,15 @@ class GroupRendezvous:
             self._say(Round(self.group, info, ranks))
             self._say(Joined(self.group, info.restarts, info.size))
             self._watch(info)
+
+    def _await_ready(self) -> None:
+        """A round gives its node some seconds to open the store, which loading torch may outlast.
+
+        Where nodes may come late, though, the round's last call goes on meanwhile.
+        """
+        if self._settings.min_nodes == self._settings.max_nodes:
+            while not self._is_leaving and not self._is_ready(READY_S):
+                pass
 
     def _say(self, event: RestartEvent | Round) -> None:
         if not self._is_leaving:

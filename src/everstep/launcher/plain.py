@@ -65,6 +65,9 @@ class PlainStarter:
                 discard(pid, self._around)
                 raise
 
+    def wait_ready(self, _: float, /) -> bool:
+        return True
+
     def close(self) -> None:
         """The thread stays for as long as the workers that it started."""
         self._thread.end_after(self._around)

@@ -105,6 +105,9 @@ class Starter(Protocol):
     def start(self, launch: Launch) -> WorkerProcess:
         """Start one, and be back when its pid is known. Raises WorkerNotStarted."""
 
+    def wait_ready(self, timeout_s: float, /) -> bool:
+        """Whether nothing has to be loaded any more before `start` can do it, within so many seconds. Any thread."""
+
     def close(self) -> None:
         """Let go of what starting needs. Workers that run go on; they are still watched."""
 
