@@ -50,6 +50,7 @@ def test_the_demo_kills_a_group_that_its_agent_brings_back_and_counts_what_that_
     assert list(temporary.iterdir()) == []
 
 
+@pytest.mark.soak
 def test_a_ctrl_c_ends_the_demo_and_all_that_it_has_started(spawn: Spawner, tmp_path: Path) -> None:
     demo = start_demo(spawn, tmp_path)
     demo.expect_line("training, 3 groups", DEADLINE_S)
