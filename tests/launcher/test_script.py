@@ -243,7 +243,7 @@ print(len(os.environ["A"]), len(os.environ["B"]), os.environb[b"C"], "OMP_NUM_TH
 def test_the_exit_status_of_each_signal_is_its_own(starter: Starter, scripts: Scripts) -> None:
     with Worker(starter, scripts.script("import signal\nprint('up')\nsignal.pause()")) as worker:
         assert worker.read_line() == "up"
-        assert worker.process.state() == "S"
+        wait_until(lambda: worker.process.state() == "S", DEADLINE_S)
         worker.process.signal_group(signal.SIGTERM)
         status = worker.wait()
     assert status == ExitStatus(signal=signal.SIGTERM)
