@@ -94,3 +94,39 @@ def test_a_worker_forked_from_the_template_is_watched_too(spawn: Spawner, tmp_pa
     agent = start_agent(spawn, tmp_path, *arguments, script(tmp_path, HANGS_ONCE))
     assert agent.wait(60.0) == 0
     assert "in stuck_layer" in stderr_of(agent)
+
+
+FAILS_AGAIN_WHILE_IT_RESTARTS = """
+import os, signal, sys, threading
+import everstep as es
+restart, rank = int(os.environ["TORCHELASTIC_RESTART_COUNT"]), int(os.environ["RANK"])
+if restart == 1 and rank == 0:
+    if {again!r} == "hang":
+        threading.Event().wait()  # before its first sign
+    os.kill(os.getpid(), signal.SIGKILL)
+if restart == 0 and rank == 0:
+    signal.signal(signal.SIGTERM, lambda number, frame: threading.Event().wait())  # it does not go when it is asked to
+with es.section("step"):
+    if restart == 0 or (restart == 1 and {again!r} == "hang"):
+        threading.Event().wait()
+print("done", restart, rank, flush=True)
+"""
+
+
+@pytest.mark.parametrize("again", [pytest.param("hang", marks=pytest.mark.soak), "kill"])
+def test_a_second_failure_during_the_restart_after_a_hang_is_one_more_restart(
+    spawn: Spawner, tmp_path: Path, again: str
+) -> None:
+    limits = ("--ft-rank-section-timeouts", "step:1", "--ft-initial-rank-heartbeat-timeout", "2")
+    arguments = (*PLAIN, "--nproc-per-node", "2", "--max-restarts", "2", "--shutdown-timeout", "1", *limits)
+    source = FAILS_AGAIN_WHILE_IT_RESTARTS.format(again=again)
+    agent = start_agent(spawn, tmp_path, *arguments, script(tmp_path, source))
+    agent.expect_line("done 2")
+    agent.expect_line("done 2")
+    assert agent.wait() == 0
+
+
+def test_what_a_script_leaves_in_atexit_is_how_its_rank_ended(spawn: Spawner, tmp_path: Path) -> None:
+    agent = start_agent(spawn, tmp_path, *PLAIN, script(tmp_path, "import atexit, os\natexit.register(os._exit, 7)\n"))
+    assert agent.wait() == 1
+    assert "exitcode  : 7" in stderr_of(agent) or "exit code 7" in stderr_of(agent)
