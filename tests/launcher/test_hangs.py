@@ -4,6 +4,11 @@ from pathlib import Path
 
 import pytest
 
+import everstep as es
+from everstep.config import LighthouseSettings
+from everstep.core.events import EventKind
+from everstep.lighthouse.app import Lighthouse
+from everstep.subscribe import line
 from tests.launcher.agents import script, start_agent, stderr_of
 from tests.support.processes import Spawner
 
@@ -23,11 +28,24 @@ print("done", restart, rank, flush=True)
 
 
 def test_a_rank_that_hangs_shows_its_stacks_and_is_started_again(spawn: Spawner, tmp_path: Path) -> None:
-    arguments = (*PLAIN, "--nproc-per-node", "2", "--max-restarts", "1", "--ft-rank-section-timeouts", "step:1")
-    agent = start_agent(spawn, tmp_path, *arguments, script(tmp_path, HANGS_ONCE))
-    agent.expect_line("done 1")
-    agent.expect_line("done 1")
-    assert agent.wait() == 0
+    """And the job's events say so."""
+    with Lighthouse.in_thread(LighthouseSettings(port=0)) as lighthouse:
+        meet = ("--no-template", "--lighthouse", lighthouse.address, "--rdzv-id", "job", "--nproc-per-node", "2")
+        limits = ("--max-restarts", "1", "--ft-rank-section-timeouts", "step:1")
+        agent = start_agent(spawn, tmp_path, *meet, *limits, script(tmp_path, HANGS_ONCE))
+        agent.expect_line("done 1")
+        agent.expect_line("done 1")
+        assert agent.wait() == 0
+        with es.subscribe_events(
+            lighthouse=lighthouse.address, job_id="job", after="oldest", follow=False, connect_timeout_s=5.0
+        ) as subscription:
+            events = list(subscription)
+    suspected, hung = (e for e in events if e.kind in (EventKind.RANK_SUSPECTED, EventKind.RANK_HUNG))
+    assert (suspected.kind, suspected.rank, suspected.section) == (EventKind.RANK_SUSPECTED, "rank 1", "step")
+    assert (hung.kind, hung.rank, hung.section) == (EventKind.RANK_HUNG, "rank 1", "step")
+    assert 1.0 <= hung.age_s < 4.0
+    assert "in stuck_layer" in hung.stacks
+    assert "rank 1  (section 'step' open for" in line(hung)
     said = stderr_of(agent)
     assert "rank 1 hangs, and is ended by signal 9: section 'step' open for" in said
     assert "in stuck_layer" in said

@@ -24,6 +24,7 @@ from everstep.core.node_messages import (
     NodeStands,
     NodesWaiting,
     NodeWelcome,
+    RankReport,
     RendezvousClosed,
     RoundComplete,
     RoundDissolved,
@@ -36,6 +37,7 @@ from everstep.core.node_messages import (
 from everstep.core.types import LocalProtocolError, RendezvousRound
 
 ENDED_KEPT_MAX = 64  # workers whose end is said again on a new link
+REPORTS_KEPT_MAX = 64  # of ranks, for a lighthouse that is away
 
 
 class NodeStage(enum.Enum):
@@ -68,6 +70,7 @@ class NodeMachine:
         self.welcome: NodeWelcome | None = None
         self._workers: dict[str, None] = {}
         self._ended: collections.deque[WorkerEnded] = collections.deque(maxlen=ENDED_KEPT_MAX)
+        self._reports: collections.deque[RankReport] = collections.deque(maxlen=REPORTS_KEPT_MAX)  # not sent yet
 
     # ---- the link
 
@@ -85,6 +88,8 @@ class NodeMachine:
         match message:
             case NodeWelcome(lighthouse):
                 self.lighthouse, self.is_registered, self.welcome = lighthouse, True, message
+                reports, self._reports = [*self._reports], collections.deque(maxlen=REPORTS_KEPT_MAX)
+                return [*reports]
             case HostStore(round_):
                 if self.stage is NodeStage.JOINING:
                     self.host = round_
@@ -155,6 +160,13 @@ class NodeMachine:
         del self._workers[report.worker]
         self._ended.append(report)
         return [report]
+
+    def report_rank(self, report: RankReport) -> list[FromNode]:
+        """Now, or when the lighthouse is back: the newest of them."""
+        if self.is_registered:
+            return [report]
+        self._reports.append(report)
+        return []
 
     # ---- calls
 

@@ -64,6 +64,14 @@ class NodeHealth(str, enum.Enum):
     FINISHED = "finished"  # all of its workers have ended cleanly
 
 
+class RankNews(str, enum.Enum):
+    """What the monitor of a node's agent says of a rank."""
+
+    SUSPECTED = "suspected"  # past its soft deadline
+    CLEARED = "cleared"  # it was suspected, and moves on
+    HUNG = "hung"  # past its hard deadline; it is being ended
+
+
 class NodeSpec(msgspec.Struct, frozen=True, kw_only=True):
     """A node, and what it wants. `node_id` is its name in every round; `nonce` names its process."""
 
@@ -176,6 +184,19 @@ class Vouched(msgspec.Struct, frozen=True, tag="vouched"):
     state: str  # as in /proc: R, S and D live, T is stopped; "" when it is gone
 
 
+class RankReport(msgspec.Struct, frozen=True, kw_only=True, tag="rank_report"):
+    """A rank of this node may hang, or does. Said once, to a lighthouse that has welcomed the node."""
+
+    news: RankNews
+    rank: str  # as people call it: "rank 3"
+    detail: str
+    section: str = ""  # that is open for too long; "" where it is something else
+    age_s: float = 0.0
+    culprit: str = ""  # the rank that the others wait for, where it can be told
+    waiting: tuple[str, ...] = ()  # who waits for it
+    stacks: str = ""  # of the rank, cut
+
+
 # ---- lighthouse to node
 
 
@@ -261,6 +282,7 @@ FromNode = (
     | CloseRendezvous
     | NodeHeartbeat
     | StoreCall
+    | RankReport
     | FromAgent
 )
 ToNode = (

@@ -22,10 +22,12 @@ from everstep.core.node_messages import (
     NodeRefused,
     NodeStands,
     NodeWelcome,
+    RankReport,
     RendezvousClosed,
     StoreCall,
     StoreHosted,
 )
+from everstep.core.rank_news import event_of
 from everstep.core.rendezvous_nodes import ROUNDS_MAX, Evictions, Lost, Node, NodeRoster, RendezvousConfig
 from everstep.core.rounds import Rounds, Stage
 from everstep.core.types import RendezvousRound
@@ -145,6 +147,8 @@ class RendezvousMachine:
                 out += self._remove(node, f"it left: {reason[:REASON_CHARS_MAX]}" if reason else "it left", now)
             case CloseRendezvous(scope, reason):
                 out += self._close(scope, f"node {node.spec.node_id}: {reason[:REASON_CHARS_MAX]}")
+            case RankReport() if node.news.take(now):
+                out.append(event_of(message, node.spec.node_id, self._config.group))
             case StoreCall():
                 out += self._rounds.call_store(node, link, message)
         return out

@@ -6,6 +6,7 @@ import math
 
 from everstep.core.messages import Cause
 from everstep.core.node_messages import NodeHealth, NodeHello, NodeSpec
+from everstep.core.rank_news import Allowance
 from everstep.core.ranks import RankPolicy
 from everstep.core.types import REPLICA_ID_CHARS_MAX
 
@@ -43,6 +44,7 @@ class Node:
     arrived: int
     restarts: int = 0  # of its group's workers, as far as it knows
     health: NodeHealth = NodeHealth.HEALTHY  # in the round that it is in
+    news: Allowance = dataclasses.field(default_factory=Allowance)  # of its ranks
     contender: tuple[int, NodeHello] | None = None  # another process with its id, until either of them is heard of
 
 

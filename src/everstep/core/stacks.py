@@ -6,6 +6,7 @@ faulthandler lists a process's threads from the youngest to the oldest, each fro
 import re
 
 _FRAME = re.compile(r'^  File "(?P<file>[^"]*)", line \d+ in (?P<function>.*)$')
+_THREAD = re.compile(r"^(Current thread|Thread) ", re.MULTILINE)
 FRAMES_INNER = 12  # within which a wait shows
 # The innermost frames of a rank that waits for others: in a collective, or in a backward pass that ends in one.
 _WAITS_IN_FILES = ("torch/distributed/", "torch/nn/parallel/distributed.py", "everstep/collectives/")
@@ -21,6 +22,16 @@ def main_thread(stacks: str) -> list[tuple[str, str]]:
         elif (found := _FRAME.match(line)) is not None:
             frames.append((found["file"], found["function"]))
     return frames
+
+
+def cut(stacks: str, chars_max: int) -> str:
+    """Within the bound: all of it, else the main thread first, from its innermost frame outwards."""
+    if len(stacks) <= chars_max:
+        return stacks
+    of_rank = stacks.partition("\nProcess ")[0]  # its children come after it
+    begins = [found.start() for found in _THREAD.finditer(of_rank)]
+    main = stacks[begins[-1] :] if begins else stacks
+    return main[: chars_max - 4] + "\n..."
 
 
 def waits_for_others(stacks: str) -> bool | None:

@@ -20,6 +20,7 @@ from everstep.core.node_messages import (
     NodeRefusal,
     NodeSpec,
     NodeWelcome,
+    RankReport,
     RendezvousClosed,
     RoundInfo,
     StoreReply,
@@ -233,6 +234,11 @@ class NodeClient:
             if name is not None:
                 del self._tokens[name]
                 self._say(self._machine.worker_ended(WorkerEnded(name, detail, is_clean)))
+
+    def report_rank(self, report: RankReport) -> None:
+        """For the job's events. Any thread; never blocks; the newest few wait for a lighthouse that is away."""
+        with self._changed:
+            self._say(self._machine.report_rank(report))
 
     def _answer(self, name: str) -> None:
         """On the link's thread."""
