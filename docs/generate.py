@@ -91,7 +91,9 @@ def _to_node() -> Iterator[str]:
 
 
 def _node_values() -> Iterator[str]:
-    yield from _structs([node_messages.NodeSpec, node_messages.RoundInfo, types.RendezvousRound])
+    yield from _structs(
+        [node_messages.NodeSpec, node_messages.RoundInfo, node_messages.ExcludedNode, types.RendezvousRound]
+    )
     for kind in (
         node_messages.NodeRefusal,
         node_messages.CloseScope,

@@ -8,6 +8,7 @@
 > hold a … | release a …           what a hears waits / arrives
 > hosting no|yes                   whether nodes open the store they are asked for, at once
 > report a suspected|cleared|hung [CULPRIT]     the monitor of a's agent says so of its rank 3
+> exclude a | admit a              a script on a asks for it / the operator lets a in again
 > wait SECONDS | lighthouse restart | store a OP KEY [VALUE]
 """
 
@@ -30,7 +31,7 @@ from everstep.core.node_messages import (
     ToNode,
 )
 from everstep.core.ranks import RankPolicy
-from everstep.core.rendezvous import NodeLinkClosed, NodeMessage, RendezvousConfig, RendezvousMachine
+from everstep.core.rendezvous import AdmitNode, NodeLinkClosed, NodeMessage, RendezvousConfig, RendezvousMachine
 
 
 @dataclasses.dataclass
@@ -132,6 +133,12 @@ class RendezvousStage:
             stacks="stacks" if is_hung else "",
         )
         self._say(actor, actor.machine.report_rank(report))
+
+    def _exclude(self, name: str) -> None:
+        self._say(self.actors[name], self.actors[name].machine.exclude("a broken GPU"))
+
+    def _admit(self, node_id: str) -> None:
+        self._perform(self._machine.receive(AdmitNode(node_id), self.now))
 
     def _leave(self, name: str) -> None:
         self._say(self.actors[name], self.actors[name].machine.leave("asked to"))

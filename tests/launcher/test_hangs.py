@@ -8,7 +8,8 @@ import everstep as es
 from everstep.config import LighthouseSettings
 from everstep.core.events import EventKind
 from everstep.lighthouse.app import Lighthouse
-from everstep.subscribe import line
+from everstep.link.operate import admit_node, job_status
+from everstep.subscribe import line, target
 from tests.launcher.agents import script, start_agent, stderr_of
 from tests.support.processes import Spawner
 
@@ -87,6 +88,26 @@ def test_a_script_may_ask_its_launcher(spawn: Spawner, tmp_path: Path, action: s
     agent = start_agent(spawn, tmp_path, *PLAIN, "--max-restarts", "3", script(tmp_path, source))
     assert agent.wait() == code
     assert f"rank 0 asks for {action}: a broken GPU" in stderr_of(agent)
+
+
+def test_an_excluded_node_is_turned_away_until_the_operator_admits_it(spawn: Spawner, tmp_path: Path) -> None:
+    with Lighthouse.in_thread(LighthouseSettings(port=0)) as lighthouse:
+        meet = ("--no-template", "--lighthouse", lighthouse.address, "--rdzv-id", "job")
+        asks = script(tmp_path, ASKS.format(action="ExcludeThisNode", wait=""))
+        assert start_agent(spawn, tmp_path, *meet, asks).wait() == 92
+        where = target(lighthouse=lighthouse.address, job_id="job")
+        ((node, reason),) = job_status(where)["excluded_nodes"].items()
+        assert "a broken GPU" in reason
+        path = script(tmp_path, "print('runs', flush=True)")
+        again = start_agent(spawn, tmp_path, *meet, path)
+        assert again.wait() == 92
+        assert f"`everstep nodes admit {node}`" in stderr_of(again)
+        admit_node(where, node)
+        with pytest.raises(es.ConfigError, match="is not excluded; excluded are: none"):
+            admit_node(where, node)
+        admitted = start_agent(spawn, tmp_path, *meet, path)
+        admitted.expect_line("runs")
+        assert admitted.wait() == 0
 
 
 DIES_AT_ONE_STEP = """

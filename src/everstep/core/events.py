@@ -45,6 +45,8 @@ class EventKind(str, enum.Enum):
     RENDEZVOUS_CLOSED = "rendezvous-closed"  # a node closed it for all
     NODE_EVICTED = "node-evicted"  # `node` was silent in a complete round; it is told when it is heard of again
 
+    NODE_EXCLUDED = "node-excluded"  # a script on `node` asked for it: it stays out until the operator admits it
+    NODE_ADMITTED = "node-admitted"  # the operator did
     RANK_SUSPECTED = "rank-suspected"  # `rank` of `node` is past its soft deadline
     RANK_CLEARED = "rank-cleared"  # it moves on
     RANK_HUNG = "rank-hung"  # it is past its hard deadline, and is being ended; `culprit`: whom the others wait for

@@ -12,6 +12,8 @@ import msgspec
 from everstep.core.node_messages import (
     CloseRendezvous,
     CloseScope,
+    ExcludedNode,
+    ExcludeNode,
     FromNode,
     HostStore,
     JoinRound,
@@ -20,6 +22,7 @@ from everstep.core.node_messages import (
     NodeHello,
     NodeRefusal,
     NodeRefused,
+    NodesExcluded,
     NodeSpec,
     NodeStands,
     NodesWaiting,
@@ -70,6 +73,8 @@ class NodeMachine:
         self.welcome: NodeWelcome | None = None
         self._workers: dict[str, None] = {}
         self._ended: collections.deque[WorkerEnded] = collections.deque(maxlen=ENDED_KEPT_MAX)
+        self._excluded: tuple[ExcludedNode, ...] = ()  # nodes, as the lighthouse said it last
+        self._exclusion: list[FromNode] = []  # of this node; not sent yet
         self._reports: collections.deque[RankReport] = collections.deque(maxlen=REPORTS_KEPT_MAX)  # not sent yet
 
     # ---- the link
@@ -88,8 +93,12 @@ class NodeMachine:
         match message:
             case NodeWelcome(lighthouse):
                 self.lighthouse, self.is_registered, self.welcome = lighthouse, True, message
-                reports, self._reports = [*self._reports], collections.deque(maxlen=REPORTS_KEPT_MAX)
-                return [*reports]
+                kept = [*self._exclusion, *self._reports]
+                self._exclusion.clear()
+                self._reports.clear()
+                return kept
+            case NodesExcluded(nodes):
+                self._excluded = nodes
             case HostStore(round_):
                 if self.stage is NodeStage.JOINING:
                     self.host = round_
@@ -146,6 +155,7 @@ class NodeMachine:
             is_joining=self.stage is NodeStage.JOINING,
             is_closed=self.closed is not None and self.closed.scope is CloseScope.JOB,
             restarts=self.restarts,
+            excluded=self._excluded,
         )
 
     # ---- its workers (core/agents.py is the other side)
@@ -166,6 +176,13 @@ class NodeMachine:
         if self.is_registered:
             return [report]
         self._reports.append(report)
+        return []
+
+    def exclude(self, reason: str) -> list[FromNode]:
+        """Keep this node out from its next join on. Nothing ends by that: what runs here ends in its own way."""
+        if self.is_registered:
+            return [ExcludeNode(reason)]
+        self._exclusion = [ExcludeNode(reason)]
         return []
 
     # ---- calls
