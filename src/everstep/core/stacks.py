@@ -7,10 +7,11 @@ import re
 
 _FRAME = re.compile(r'^  File "(?P<file>[^"]*)", line \d+ in (?P<function>.*)$')
 _THREAD = re.compile(r"^(Current thread|Thread) ", re.MULTILINE)
-FRAMES_INNER = 12  # within which a wait shows
-# The innermost frames of a rank that waits for others: in a collective, or in a backward pass that ends in one.
+# Where a rank is that waits for others: in a collective, or in a backward pass that ends in one.
 _WAITS_IN_FILES = ("torch/distributed/", "torch/nn/parallel/distributed.py", "everstep/collectives/")
 _WAITS_IN_FUNCTIONS = ("_engine_run_backward",)
+_PASSED_ON = ("torch/_ops.py", "torch/utils/_contextlib.py")
+_WRAPS = ("forward", "_run_ddp_forward")  # of DistributedDataParallel and its like
 
 
 def main_thread(stacks: str) -> list[tuple[str, str]]:
@@ -39,7 +40,10 @@ def waits_for_others(stacks: str) -> bool | None:
     frames = main_thread(stacks)
     if not frames:
         return None
-    return any(
-        any(part in file for part in _WAITS_IN_FILES) or function in _WAITS_IN_FUNCTIONS
-        for file, function in frames[:FRAMES_INNER]
-    )
+    for file, function in frames:
+        if ("/lib/python3" in file and "site-packages" not in file) or file.endswith(_PASSED_ON):
+            continue  # waits for whoever has called it
+        if function in _WRAPS:
+            return False  # what it wraps is a user's module, in C
+        return any(part in file for part in _WAITS_IN_FILES) or function in _WAITS_IN_FUNCTIONS
+    return False
