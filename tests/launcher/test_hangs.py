@@ -1,5 +1,7 @@
 """Workers that hang under a real agent: found, shown, ended, started again."""
 
+import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -10,7 +12,7 @@ from everstep.core.events import EventKind
 from everstep.lighthouse.app import Lighthouse
 from everstep.link.operate import admit_node, job_status
 from everstep.subscribe import line, target
-from tests.launcher.agents import script, start_agent, stderr_of
+from tests.launcher.agents import ROOT, script, start_agent, stderr_of
 from tests.support.processes import Spawner
 
 PLAIN = ("--standalone", "--no-template")
@@ -169,3 +171,47 @@ def test_what_a_script_leaves_in_atexit_is_how_its_rank_ended(spawn: Spawner, tm
     agent = start_agent(spawn, tmp_path, *PLAIN, script(tmp_path, "import atexit, os\natexit.register(os._exit, 7)\n"))
     assert agent.wait() == 1
     assert "exitcode  : 7" in stderr_of(agent) or "exit code 7" in stderr_of(agent)
+
+
+DATA = """
+import os, threading, torch
+torch.set_num_threads(1)
+class Model(torch.nn.Linear):
+    steps = 0
+    def forward(self, batch):
+        self.steps += 1
+        if self.steps == 25 and (os.environ["RANK"], os.environ["TORCHELASTIC_RESTART_COUNT"]) == ("1", "0"):
+            stuck_layer()
+        return super().forward(batch)
+def stuck_layer():
+    threading.Event().wait()
+def build_model():
+    return Model(8, 8)
+def batches():
+    return [torch.ones(4, 8) for _ in range(40)]
+"""
+
+
+def documented_script() -> str:
+    """The one of docs/hangs.md, changed."""
+    (diff,) = re.findall(r"```diff\n(.*?)```", (ROOT / "docs/hangs.md").read_text(), flags=re.DOTALL)
+    lines = diff.splitlines()
+    assert sum(line.startswith("+") for line in lines) == 8
+    return "\n".join(line[1:] for line in lines if not line.startswith("-"))
+
+
+def test_the_documented_script_is_changed_in_eight_lines_and_is_one() -> None:
+    ast.parse(documented_script())
+
+
+@pytest.mark.soak
+def test_the_documented_script_is_hang_proof_without_a_setting(spawn: Spawner, tmp_path: Path) -> None:
+    script(tmp_path, DATA, "data.py")
+    arguments = ("--standalone", "--nproc-per-node", "2", "--max-restarts", "1")
+    agent = start_agent(spawn, tmp_path, *arguments, script(tmp_path, documented_script(), "train.py"))
+    assert agent.wait(90.0) == 0
+    assert agent.stdout_path.read_text().count("is done") == 2
+    said = stderr_of(agent)
+    assert "(limit 1" in said
+    assert "it waits for rank 1, which is where the trouble is" in said or "the others wait for rank 1" in said
+    assert "in stuck_layer" in said

@@ -148,7 +148,7 @@ def join():
 @pytest.mark.parametrize(
     ("calls", "given", "mechanism"),
     [
-        ("join()", {"initial": 8.0}, "initial"),
+        ("join()", {"initial": 15.0}, "initial"),
         ("with es.section('join'): join()", {"join": 1.0}, "section"),
     ],
     ids=["before the first sign", "in a section"],
