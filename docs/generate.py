@@ -91,8 +91,16 @@ def _to_node() -> Iterator[str]:
 
 
 def _node_values() -> Iterator[str]:
-    yield from _structs([node_messages.NodeSpec, node_messages.RoundInfo, types.RendezvousRound])
-    for kind in (node_messages.NodeRefusal, node_messages.CloseScope, node_messages.StoreOp, node_messages.StoreStatus):
+    yield from _structs(
+        [node_messages.NodeSpec, node_messages.RoundInfo, node_messages.ExcludedNode, types.RendezvousRound]
+    )
+    for kind in (
+        node_messages.NodeRefusal,
+        node_messages.CloseScope,
+        node_messages.StoreOp,
+        node_messages.StoreStatus,
+        node_messages.RankNews,
+    ):
         yield ""
         yield f"### {kind.__name__}"
         yield ""

@@ -210,6 +210,43 @@ def admit(
     typer.echo(admit_group(target(lighthouse=lighthouse, job_id=job, token_file=token_file), group))
 
 
+nodes_app = typer.Typer(help="Show the nodes that scripts have excluded from a job, and why; let them in again.")
+app.add_typer(nodes_app, name="nodes")
+
+
+@nodes_app.callback(invoke_without_command=True)
+def nodes(
+    context: typer.Context,
+    lighthouse: LighthouseOption = None,
+    job: JobOption = None,
+    token_file: TokenOption = None,
+) -> None:
+    if context.invoked_subcommand is not None:
+        return
+    from everstep.link.operate import job_status
+    from everstep.subscribe import target
+
+    excluded = job_status(target(lighthouse=lighthouse, job_id=job, token_file=token_file))["excluded_nodes"]
+    for node, reason in excluded.items():
+        typer.echo(f"{node}  excluded  ({reason})")
+    if not excluded:
+        typer.echo("no node is excluded")
+
+
+@nodes_app.command("admit")
+def let_node_in(
+    node: Annotated[str, typer.Argument(help="As `everstep nodes` shows it.")],
+    lighthouse: LighthouseOption = None,
+    job: JobOption = None,
+    token_file: TokenOption = None,
+) -> None:
+    """Let an excluded node join again."""
+    from everstep.link.operate import admit_node
+    from everstep.subscribe import target
+
+    typer.echo(admit_node(target(lighthouse=lighthouse, job_id=job, token_file=token_file), node))
+
+
 @app.command()
 def new_history(lighthouse: LighthouseOption = None, job: JobOption = None, token_file: TokenOption = None) -> None:
     """Give up the state that a job's groups hold in memory: they end, and those started next begin a new history."""

@@ -82,6 +82,10 @@ class RendezvousTimedOut(EverstepError):
     """`min_nodes` did not come together in time; every node that waited gets this, and none should try on."""
 
 
+class NodeExcluded(EverstepError):
+    """A script asked that this node be left out of the job; `everstep nodes admit` lets it in again."""
+
+
 class NodeEvicted(EverstepError):
     """Nothing was heard of this node for so long that its round went on without it. Raised once; then it may join."""
 

@@ -112,6 +112,12 @@ def line(event: JobEvent) -> str:
         words.append(f"action {event.action}")
     if event.cause is not None:
         words.append(f"cause {event.cause.value}")
+    if event.node:
+        words.append(f"node {event.node}")
+    if event.rank:
+        words.append(event.rank)
+    if event.culprit:
+        words.append("the others wait for it" if event.culprit == event.rank else f"it waits for {event.culprit}")
     if event.evidence:
         words.append(f"({event.evidence})")
     return "  ".join(words)

@@ -7,11 +7,14 @@
 > join a … | leave a | close a round|job | kill a | cut a | connect a | stop a | resume a
 > hold a … | release a …           what a hears waits / arrives
 > hosting no|yes                   whether nodes open the store they are asked for, at once
+> report a suspected|cleared|hung [CULPRIT]     the monitor of a's agent says so of its rank 3
+> exclude a | admit a              a script on a asks for it / the operator lets a in again
 > wait SECONDS | lighthouse restart | store a OP KEY [VALUE]
 """
 
 import dataclasses
 
+from everstep.core.events import JobEvent
 from everstep.core.messages import Close, Effect, Log, Publish, SendToNodes
 from everstep.core.node import NodeMachine
 from everstep.core.node_messages import (
@@ -20,13 +23,15 @@ from everstep.core.node_messages import (
     NodeHealth,
     NodeHeartbeat,
     NodeSpec,
+    RankNews,
+    RankReport,
     StoreCall,
     StoreOp,
     StoreReply,
     ToNode,
 )
 from everstep.core.ranks import RankPolicy
-from everstep.core.rendezvous import NodeLinkClosed, NodeMessage, RendezvousConfig, RendezvousMachine
+from everstep.core.rendezvous import AdmitNode, NodeLinkClosed, NodeMessage, RendezvousConfig, RendezvousMachine
 
 
 @dataclasses.dataclass
@@ -114,6 +119,26 @@ class RendezvousStage:
 
     def _stand(self, name: str, health: str) -> None:
         self._say(self.actors[name], self.actors[name].machine.stand(NodeHealth(health)))
+
+    def _report(self, name: str, news: str, culprit: str = "") -> None:
+        actor = self.actors[name]
+        is_hung = news == "hung"
+        report = RankReport(
+            news=RankNews(news),
+            rank="rank 3",
+            detail="it moves on" if news == "cleared" else "section 'step' open",
+            section="" if news == "cleared" else "step",
+            age_s=0.0 if news == "cleared" else 30.0 if is_hung else 15.0,
+            culprit=culprit,
+            stacks="stacks" if is_hung else "",
+        )
+        self._say(actor, actor.machine.report_rank(report))
+
+    def _exclude(self, name: str) -> None:
+        self._say(self.actors[name], self.actors[name].machine.exclude("a broken GPU"))
+
+    def _admit(self, node_id: str) -> None:
+        self._perform(self._machine.receive(AdmitNode(node_id), self.now))
 
     def _leave(self, name: str) -> None:
         self._say(self.actors[name], self.actors[name].machine.leave("asked to"))
@@ -203,7 +228,7 @@ class RendezvousStage:
                     words = " ".join(f"{key}={value}" for key, value in fields.items() if value != "")
                     self._write(f"    logs {event}: {words}")
                 case Publish(event):
-                    self._write(f"    publishes {event.kind.value}")
+                    self._write(f"    publishes {event.kind.value}{_of_rank(event)}")
 
     def _settle(self) -> None:
         """Messages travel until nothing moves."""
@@ -234,6 +259,13 @@ class RendezvousStage:
 
     def _write(self, line: str) -> None:
         self._lines.append(line if line.startswith(" ") else f"{self.now:7.3f} {line}")
+
+
+def _of_rank(event: JobEvent) -> str:
+    if not event.rank:
+        return ""
+    culprit = f", waits for {event.culprit}" if event.culprit else ""
+    return f": {event.rank} of node {event.node}, {event.evidence}, {event.age_s:g} s{culprit}; stacks {event.stacks!r}"
 
 
 def _said(message: object) -> str:

@@ -1,10 +1,18 @@
 """Workers that hang under a real agent: found, shown, ended, started again."""
 
+import ast
+import re
 from pathlib import Path
 
 import pytest
 
-from tests.launcher.agents import script, start_agent, stderr_of
+import everstep as es
+from everstep.config import LighthouseSettings
+from everstep.core.events import EventKind
+from everstep.lighthouse.app import Lighthouse
+from everstep.link.operate import admit_node, job_status
+from everstep.subscribe import line, target
+from tests.launcher.agents import ROOT, script, start_agent, stderr_of
 from tests.support.processes import Spawner
 
 PLAIN = ("--standalone", "--no-template")
@@ -23,11 +31,24 @@ print("done", restart, rank, flush=True)
 
 
 def test_a_rank_that_hangs_shows_its_stacks_and_is_started_again(spawn: Spawner, tmp_path: Path) -> None:
-    arguments = (*PLAIN, "--nproc-per-node", "2", "--max-restarts", "1", "--ft-rank-section-timeouts", "step:1")
-    agent = start_agent(spawn, tmp_path, *arguments, script(tmp_path, HANGS_ONCE))
-    agent.expect_line("done 1")
-    agent.expect_line("done 1")
-    assert agent.wait() == 0
+    """And the job's events say so."""
+    with Lighthouse.in_thread(LighthouseSettings(port=0)) as lighthouse:
+        meet = ("--no-template", "--lighthouse", lighthouse.address, "--rdzv-id", "job", "--nproc-per-node", "2")
+        limits = ("--max-restarts", "1", "--ft-rank-section-timeouts", "step:1")
+        agent = start_agent(spawn, tmp_path, *meet, *limits, script(tmp_path, HANGS_ONCE))
+        agent.expect_line("done 1")
+        agent.expect_line("done 1")
+        assert agent.wait() == 0
+        with es.subscribe_events(
+            lighthouse=lighthouse.address, job_id="job", after="oldest", follow=False, connect_timeout_s=5.0
+        ) as subscription:
+            events = list(subscription)
+    suspected, hung = (e for e in events if e.kind in (EventKind.RANK_SUSPECTED, EventKind.RANK_HUNG))
+    assert (suspected.kind, suspected.rank, suspected.section) == (EventKind.RANK_SUSPECTED, "rank 1", "step")
+    assert (hung.kind, hung.rank, hung.section) == (EventKind.RANK_HUNG, "rank 1", "step")
+    assert 1.0 <= hung.age_s < 4.0
+    assert "in stuck_layer" in hung.stacks
+    assert "rank 1  (section 'step' open for" in line(hung)
     said = stderr_of(agent)
     assert "rank 1 hangs, and is ended by signal 9: section 'step' open for" in said
     assert "in stuck_layer" in said
@@ -71,6 +92,26 @@ def test_a_script_may_ask_its_launcher(spawn: Spawner, tmp_path: Path, action: s
     assert f"rank 0 asks for {action}: a broken GPU" in stderr_of(agent)
 
 
+def test_an_excluded_node_is_turned_away_until_the_operator_admits_it(spawn: Spawner, tmp_path: Path) -> None:
+    with Lighthouse.in_thread(LighthouseSettings(port=0)) as lighthouse:
+        meet = ("--no-template", "--lighthouse", lighthouse.address, "--rdzv-id", "job")
+        asks = script(tmp_path, ASKS.format(action="ExcludeThisNode", wait=""))
+        assert start_agent(spawn, tmp_path, *meet, asks).wait() == 92
+        where = target(lighthouse=lighthouse.address, job_id="job")
+        ((node, reason),) = job_status(where)["excluded_nodes"].items()
+        assert "a broken GPU" in reason
+        path = script(tmp_path, "print('runs', flush=True)")
+        again = start_agent(spawn, tmp_path, *meet, path)
+        assert again.wait() == 92
+        assert f"`everstep nodes admit {node}`" in stderr_of(again)
+        admit_node(where, node)
+        with pytest.raises(es.ConfigError, match="is not excluded; excluded are: none"):
+            admit_node(where, node)
+        admitted = start_agent(spawn, tmp_path, *meet, path)
+        admitted.expect_line("runs")
+        assert admitted.wait() == 0
+
+
 DIES_AT_ONE_STEP = """
 import os, struct, sys
 with open(os.environ["EVERSTEP_STEPS_FILE"], "r+b") as file:
@@ -94,3 +135,83 @@ def test_a_worker_forked_from_the_template_is_watched_too(spawn: Spawner, tmp_pa
     agent = start_agent(spawn, tmp_path, *arguments, script(tmp_path, HANGS_ONCE))
     assert agent.wait(60.0) == 0
     assert "in stuck_layer" in stderr_of(agent)
+
+
+FAILS_AGAIN_WHILE_IT_RESTARTS = """
+import os, signal, sys, threading
+import everstep as es
+restart, rank = int(os.environ["TORCHELASTIC_RESTART_COUNT"]), int(os.environ["RANK"])
+if restart == 1 and rank == 0:
+    if {again!r} == "hang":
+        threading.Event().wait()  # before its first sign
+    os.kill(os.getpid(), signal.SIGKILL)
+if restart == 0 and rank == 0:
+    signal.signal(signal.SIGTERM, lambda number, frame: threading.Event().wait())  # it does not go when it is asked to
+with es.section("step"):
+    if restart == 0 or (restart == 1 and {again!r} == "hang"):
+        threading.Event().wait()
+print("done", restart, rank, flush=True)
+"""
+
+
+@pytest.mark.parametrize("again", [pytest.param("hang", marks=pytest.mark.soak), "kill"])
+def test_a_second_failure_during_the_restart_after_a_hang_is_one_more_restart(
+    spawn: Spawner, tmp_path: Path, again: str
+) -> None:
+    limits = ("--ft-rank-section-timeouts", "step:1", "--ft-initial-rank-heartbeat-timeout", "2")
+    arguments = (*PLAIN, "--nproc-per-node", "2", "--max-restarts", "2", "--shutdown-timeout", "1", *limits)
+    source = FAILS_AGAIN_WHILE_IT_RESTARTS.format(again=again)
+    agent = start_agent(spawn, tmp_path, *arguments, script(tmp_path, source))
+    agent.expect_line("done 2")
+    agent.expect_line("done 2")
+    assert agent.wait() == 0
+
+
+def test_what_a_script_leaves_in_atexit_is_how_its_rank_ended(spawn: Spawner, tmp_path: Path) -> None:
+    agent = start_agent(spawn, tmp_path, *PLAIN, script(tmp_path, "import atexit, os\natexit.register(os._exit, 7)\n"))
+    assert agent.wait() == 1
+    assert "exitcode  : 7" in stderr_of(agent) or "exit code 7" in stderr_of(agent)
+
+
+DATA = """
+import os, threading, torch
+torch.set_num_threads(1)
+class Model(torch.nn.Linear):
+    steps = 0
+    def forward(self, batch):
+        self.steps += 1
+        if self.steps == 25 and (os.environ["RANK"], os.environ["TORCHELASTIC_RESTART_COUNT"]) == ("1", "0"):
+            stuck_layer()
+        return super().forward(batch)
+def stuck_layer():
+    threading.Event().wait()
+def build_model():
+    return Model(8, 8)
+def batches():
+    return [torch.ones(4, 8) for _ in range(40)]
+"""
+
+
+def documented_script() -> str:
+    """The one of docs/hangs.md, changed."""
+    (diff,) = re.findall(r"```diff\n(.*?)```", (ROOT / "docs/hangs.md").read_text(), flags=re.DOTALL)
+    lines = diff.splitlines()
+    assert sum(line.startswith("+") for line in lines) == 8
+    return "\n".join(line[1:] for line in lines if not line.startswith("-"))
+
+
+def test_the_documented_script_is_changed_in_eight_lines_and_is_one() -> None:
+    ast.parse(documented_script())
+
+
+@pytest.mark.soak
+def test_the_documented_script_is_hang_proof_without_a_setting(spawn: Spawner, tmp_path: Path) -> None:
+    script(tmp_path, DATA, "data.py")
+    arguments = ("--standalone", "--nproc-per-node", "2", "--max-restarts", "1")
+    agent = start_agent(spawn, tmp_path, *arguments, script(tmp_path, documented_script(), "train.py"))
+    assert agent.wait(90.0) == 0
+    assert agent.stdout_path.read_text().count("is done") == 2
+    said = stderr_of(agent)
+    assert "(limit 1" in said
+    assert "it waits for rank 1, which is where the trouble is" in said or "the others wait for rank 1" in said
+    assert "in stuck_layer" in said

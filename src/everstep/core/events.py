@@ -45,6 +45,12 @@ class EventKind(str, enum.Enum):
     RENDEZVOUS_CLOSED = "rendezvous-closed"  # a node closed it for all
     NODE_EVICTED = "node-evicted"  # `node` was silent in a complete round; it is told when it is heard of again
 
+    NODE_EXCLUDED = "node-excluded"  # a script on `node` asked for it: it stays out until the operator admits it
+    NODE_ADMITTED = "node-admitted"  # the operator did
+    RANK_SUSPECTED = "rank-suspected"  # `rank` of `node` is past its soft deadline
+    RANK_CLEARED = "rank-cleared"  # it moves on
+    RANK_HUNG = "rank-hung"  # it is past its hard deadline, and is being ended; `culprit`: whom the others wait for
+
 
 FAILURES = frozenset({EventKind.MEMBER_FAILED})
 
@@ -75,6 +81,12 @@ class JobEvent(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     snapshot: dict[str, object] | None = None
     group: str = ""  # of a rendezvous
     node: str = ""  # whom a rendezvous event is about
+    rank: str = ""  # as in `rank 3`, or `rank 3 of group g`
+    section: str = ""  # of the rank, that is open for too long
+    age_s: float = 0.0  # for how long
+    culprit: str = ""  # the rank of the node that the others wait for, where it can be told
+    waiting: tuple[str, ...] = ()  # ranks that wait for it
+    stacks: str = ""  # of the rank, cut to a bound
 
     @property
     def member(self) -> str:

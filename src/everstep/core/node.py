@@ -12,6 +12,8 @@ import msgspec
 from everstep.core.node_messages import (
     CloseRendezvous,
     CloseScope,
+    ExcludedNode,
+    ExcludeNode,
     FromNode,
     HostStore,
     JoinRound,
@@ -20,10 +22,12 @@ from everstep.core.node_messages import (
     NodeHello,
     NodeRefusal,
     NodeRefused,
+    NodesExcluded,
     NodeSpec,
     NodeStands,
     NodesWaiting,
     NodeWelcome,
+    RankReport,
     RendezvousClosed,
     RoundComplete,
     RoundDissolved,
@@ -36,6 +40,7 @@ from everstep.core.node_messages import (
 from everstep.core.types import LocalProtocolError, RendezvousRound
 
 ENDED_KEPT_MAX = 64  # workers whose end is said again on a new link
+REPORTS_KEPT_MAX = 64  # of ranks, for a lighthouse that is away
 
 
 class NodeStage(enum.Enum):
@@ -68,6 +73,9 @@ class NodeMachine:
         self.welcome: NodeWelcome | None = None
         self._workers: dict[str, None] = {}
         self._ended: collections.deque[WorkerEnded] = collections.deque(maxlen=ENDED_KEPT_MAX)
+        self._excluded: tuple[ExcludedNode, ...] = ()  # nodes, as the lighthouse said it last
+        self._exclusion: list[FromNode] = []  # of this node; not sent yet
+        self._reports: collections.deque[RankReport] = collections.deque(maxlen=REPORTS_KEPT_MAX)  # not sent yet
 
     # ---- the link
 
@@ -85,6 +93,12 @@ class NodeMachine:
         match message:
             case NodeWelcome(lighthouse):
                 self.lighthouse, self.is_registered, self.welcome = lighthouse, True, message
+                kept = [*self._exclusion, *self._reports]
+                self._exclusion.clear()
+                self._reports.clear()
+                return kept
+            case NodesExcluded(nodes):
+                self._excluded = nodes
             case HostStore(round_):
                 if self.stage is NodeStage.JOINING:
                     self.host = round_
@@ -141,6 +155,7 @@ class NodeMachine:
             is_joining=self.stage is NodeStage.JOINING,
             is_closed=self.closed is not None and self.closed.scope is CloseScope.JOB,
             restarts=self.restarts,
+            excluded=self._excluded,
         )
 
     # ---- its workers (core/agents.py is the other side)
@@ -155,6 +170,20 @@ class NodeMachine:
         del self._workers[report.worker]
         self._ended.append(report)
         return [report]
+
+    def report_rank(self, report: RankReport) -> list[FromNode]:
+        """Now, or when the lighthouse is back: the newest of them."""
+        if self.is_registered:
+            return [report]
+        self._reports.append(report)
+        return []
+
+    def exclude(self, reason: str) -> list[FromNode]:
+        """Keep this node out from its next join on. Nothing ends by that: what runs here ends in its own way."""
+        if self.is_registered:
+            return [ExcludeNode(reason)]
+        self._exclusion = [ExcludeNode(reason)]
+        return []
 
     # ---- calls
 

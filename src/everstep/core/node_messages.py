@@ -25,6 +25,7 @@ class NodeRefusal(str, enum.Enum):
     EVICTED = "evicted"  # from the round it was in: nothing was heard of it for too long; it may join as a newcomer
     TIMEOUT = "timeout"  # min_nodes were not reached in time; not retryable
     NODE_ID_TAKEN = "node-id-taken"  # by another live process
+    EXCLUDED = "excluded"  # a script asked that this node be left out; until the operator admits it
     BAD_CONFIG = "bad-config"  # it contradicts itself, or the nodes that are here
 
 
@@ -64,6 +65,14 @@ class NodeHealth(str, enum.Enum):
     FINISHED = "finished"  # all of its workers have ended cleanly
 
 
+class RankNews(str, enum.Enum):
+    """What the monitor of a node's agent says of a rank."""
+
+    SUSPECTED = "suspected"  # past its soft deadline
+    CLEARED = "cleared"  # it was suspected, and moves on
+    HUNG = "hung"  # past its hard deadline; it is being ended
+
+
 class NodeSpec(msgspec.Struct, frozen=True, kw_only=True):
     """A node, and what it wants. `node_id` is its name in every round; `nonce` names its process."""
 
@@ -78,6 +87,11 @@ class NodeSpec(msgspec.Struct, frozen=True, kw_only=True):
     domain: str = ""  # for RankPolicy.TOPOLOGY: nodes that share a switch, say
     domain_size: int = 0  # nodes that make a domain whole; 0: as many as the largest has
     min_healthy: int = 0  # a round stands while so many of its nodes are healthy; 0: while all of them live
+    machine: str = ""  # that it runs on, which is what is excluded: a node_id may name one process; "": the node_id
+
+    @property
+    def excluded_as(self) -> str:
+        return self.machine or self.node_id
 
 
 class RoundInfo(msgspec.Struct, frozen=True, array_like=True):
@@ -88,6 +102,13 @@ class RoundInfo(msgspec.Struct, frozen=True, array_like=True):
     size: int
     store: str
     restarts: int = 0  # after failures of workers: the most that any of its nodes knew of
+
+
+class ExcludedNode(msgspec.Struct, frozen=True, array_like=True):
+    """A node that stays out of the job, by its machine, and why."""
+
+    machine: str
+    reason: str
 
 
 # ---- node to lighthouse
@@ -104,6 +125,7 @@ class NodeHello(msgspec.Struct, frozen=True, kw_only=True, tag="node_hello"):
     is_joining: bool = False
     is_closed: bool = False  # it knows that this rendezvous is closed for good
     restarts: int = 0
+    excluded: tuple[ExcludedNode, ...] = ()  # as NodesExcluded had them last; counts for another life of the lighthouse
 
 
 class JoinRound(msgspec.Struct, frozen=True, tag="join_round"):
@@ -176,6 +198,25 @@ class Vouched(msgspec.Struct, frozen=True, tag="vouched"):
     state: str  # as in /proc: R, S and D live, T is stopped; "" when it is gone
 
 
+class ExcludeNode(msgspec.Struct, frozen=True, tag="exclude_node"):
+    """This node asks to be kept out of the job from its next join on, by its machine, until it is admitted."""
+
+    reason: str
+
+
+class RankReport(msgspec.Struct, frozen=True, kw_only=True, tag="rank_report"):
+    """A rank of this node may hang, or does. Said once, to a lighthouse that has welcomed the node."""
+
+    news: RankNews
+    rank: str  # as people call it: "rank 3"
+    detail: str
+    section: str = ""  # that is open for too long; "" where it is something else
+    age_s: float = 0.0
+    culprit: str = ""  # the rank that the others wait for, where it can be told
+    waiting: tuple[str, ...] = ()  # who waits for it
+    stacks: str = ""  # of the rank, cut
+
+
 # ---- lighthouse to node
 
 
@@ -229,6 +270,12 @@ class NodeRefused(msgspec.Struct, frozen=True, tag="node_refused"):
     nonce: str = ""
 
 
+class NodesExcluded(msgspec.Struct, frozen=True, tag="nodes_excluded"):
+    """All nodes that stay out, to be remembered for a lighthouse that starts again."""
+
+    nodes: tuple[ExcludedNode, ...]
+
+
 class StoreReply(msgspec.Struct, frozen=True, tag="store_reply"):
     """How a StoreCall ended."""
 
@@ -261,6 +308,8 @@ FromNode = (
     | CloseRendezvous
     | NodeHeartbeat
     | StoreCall
+    | ExcludeNode
+    | RankReport
     | FromAgent
 )
 ToNode = (
@@ -271,6 +320,7 @@ ToNode = (
     | NodesWaiting
     | RendezvousClosed
     | NodeRefused
+    | NodesExcluded
     | StoreReply
     | VouchFor
     | Fence

@@ -8,10 +8,12 @@ again from what they say. Until `return_timeout_s` have passed no new round begi
 import dataclasses
 
 from everstep.core.events import EventKind, JobEvent
+from everstep.core.exclusions import Exclusions
 from everstep.core.messages import Cause, Close, Effect, Log, Publish, SendToNodes
 from everstep.core.node_messages import (
     CloseRendezvous,
     CloseScope,
+    ExcludeNode,
     FromNode,
     JoinRound,
     LeaveRendezvous,
@@ -20,12 +22,15 @@ from everstep.core.node_messages import (
     NodeHello,
     NodeRefusal,
     NodeRefused,
+    NodesExcluded,
     NodeStands,
     NodeWelcome,
+    RankReport,
     RendezvousClosed,
     StoreCall,
     StoreHosted,
 )
+from everstep.core.rank_news import event_of
 from everstep.core.rendezvous_nodes import ROUNDS_MAX, Evictions, Lost, Node, NodeRoster, RendezvousConfig
 from everstep.core.rounds import Rounds, Stage
 from everstep.core.types import RendezvousRound
@@ -48,14 +53,23 @@ class NodeLinkClosed:
     detail: str = ""
 
 
-RendezvousEvent = NodeMessage | NodeLinkClosed
+@dataclasses.dataclass(frozen=True)
+class AdmitNode:
+    """The operator lets an excluded node in again. To every machine of the job."""
+
+    node: str
+
+
+RendezvousEvent = NodeMessage | NodeLinkClosed | AdmitNode
 
 
 class RendezvousMachine:
     """Links are numbered by the shell; a closed link's number never comes back."""
 
-    def __init__(self, config: RendezvousConfig) -> None:
+    def __init__(self, config: RendezvousConfig, exclusions: Exclusions | None = None) -> None:
         self._config = config
+        self._exclusions = exclusions if exclusions is not None else Exclusions()
+        self._exclusions_told = self._exclusions.version
         self._roster = NodeRoster(config)
         self._rounds = Rounds(config, self._roster)
         self._evictions = Evictions()
@@ -77,9 +91,11 @@ class RendezvousMachine:
     def receive(self, event: RendezvousEvent, now: float) -> list[Effect]:
         if isinstance(event, NodeMessage):
             out = self._message(event.link, event.message, now)
+        elif isinstance(event, AdmitNode):
+            out = self._admit(event.node)
         else:
             out = self._link_closed(event.link, event.detail, now)
-        return out + self.tick(now)
+        return out + self._tell_excluded() + self.tick(now)
 
     def tick(self, now: float) -> list[Effect]:
         out: list[Effect] = []
@@ -136,7 +152,9 @@ class RendezvousMachine:
                 pass
             case JoinRound(known, restarts):
                 node.restarts = max(node.restarts, min(restarts, ROUNDS_MAX))
-                out += self._join(node, known)
+                out += self._turn_away(node, link, now) or self._join(node, known)
+            case ExcludeNode(reason):
+                out += self._exclude(node.spec.excluded_as, reason)
             case NodeStands(round_, health):
                 out += self._stands(node, round_, health)
             case StoreHosted(round_, address):
@@ -145,6 +163,8 @@ class RendezvousMachine:
                 out += self._remove(node, f"it left: {reason[:REASON_CHARS_MAX]}" if reason else "it left", now)
             case CloseRendezvous(scope, reason):
                 out += self._close(scope, f"node {node.spec.node_id}: {reason[:REASON_CHARS_MAX]}")
+            case RankReport() if node.news.take(now):
+                out.append(event_of(message, node.spec.node_id, self._config.group))
             case StoreCall():
                 out += self._rounds.call_store(node, link, message)
         return out
@@ -154,7 +174,15 @@ class RendezvousMachine:
         out: list[Effect] = []
         reason = self._evictions.reason(spec)
         if reason is not None:
-            return [_refusal(link, hello, NodeRefusal.EVICTED, f"this node was turned out of its round: {reason}")]
+            return [
+                _refusal(
+                    link, hello.node.nonce, NodeRefusal.EVICTED, f"this node was turned out of its round: {reason}"
+                )
+            ]
+        if hello.lighthouse not in ("", self._config.life):
+            self._exclusions.recall(hello.excluded)
+        if hello.is_joining and (why := self._why_excluded(spec.excluded_as)):
+            return [_refusal(link, spec.nonce, NodeRefusal.EXCLUDED, why)]
         old = self._roster.nodes.get(spec.node_id)
         if old is not None and old.spec.nonce != spec.nonce:
             if old.link is not None and old.link != link:
@@ -162,7 +190,7 @@ class RendezvousMachine:
             out += self._lose(Lost(spec.node_id, Cause.SUPERSEDED, "a new process has its node_id"), now)
         flaw = self._roster.flaw(hello)
         if flaw:
-            return [*out, _refusal(link, hello, NodeRefusal.BAD_CONFIG, flaw)]
+            return [*out, _refusal(link, hello.node.nonce, NodeRefusal.BAD_CONFIG, flaw)]
         if spec.node_id not in self._roster.nodes:
             out.append(Log("node came", {"group": self._config.group, "node": spec.node_id}))
         node = self._roster.register(spec, link, now)
@@ -171,6 +199,8 @@ class RendezvousMachine:
         out.append(
             SendToNodes(NodeWelcome(config.life, config.heartbeat_interval_s, config.heartbeat_timeout_s), (link,)),
         )
+        if self._exclusions.nodes:
+            out.append(SendToNodes(NodesExcluded(self._exclusions.nodes), (link,)))
         return out + self._go_on(node, hello, now)
 
     def _go_on(self, node: Node, hello: NodeHello, now: float) -> list[Effect]:
@@ -202,6 +232,41 @@ class RendezvousMachine:
     def _settle(self, now: float) -> None:
         """Everybody is back."""
         self._return_until, self._settled_at = None, now
+
+    # ---- excluded by their own scripts
+
+    def _why_excluded(self, name: str) -> str:
+        reason = self._exclusions.reason(name)
+        if reason is None:
+            return ""
+        return f"node {name} is excluded: {reason}. Mend it, then `everstep nodes admit {name}`"
+
+    def _exclude(self, name: str, reason: str) -> list[Effect]:
+        if not self._exclusions.add(name, reason):
+            return [Log("node not excluded", {"node": name, "why": "it is already, or too many are"})]
+        event = JobEvent(
+            kind=EventKind.NODE_EXCLUDED, group=self._config.group, node=name, evidence=reason[:REASON_CHARS_MAX]
+        )
+        return [Log("node excluded", {"node": name, "why": reason[:REASON_CHARS_MAX]}), Publish(event)]
+
+    def _turn_away(self, node: Node, link: int, now: float) -> list[Effect]:
+        """Nothing, if it may join."""
+        why = self._why_excluded(node.spec.excluded_as)
+        if not why:
+            return []
+        return [_refusal(link, node.spec.nonce, NodeRefusal.EXCLUDED, why), *self._remove(node, "it is excluded", now)]
+
+    def _admit(self, name: str) -> list[Effect]:
+        if not self._exclusions.admit(name):
+            return []  # another group's machine has done it
+        return [Log("node admitted", {"node": name}), Publish(JobEvent(kind=EventKind.NODE_ADMITTED, node=name))]
+
+    def _tell_excluded(self) -> list[Effect]:
+        if self._exclusions_told == self._exclusions.version:
+            return []
+        self._exclusions_told = self._exclusions.version
+        links = tuple(node.link for node in self._roster.nodes.values() if node.link is not None)
+        return [SendToNodes(NodesExcluded(self._exclusions.nodes), links)] if links else []
 
     # ---- coming and going
 
@@ -237,7 +302,7 @@ class RendezvousMachine:
     def _contend(self, old: Node, link: int, hello: NodeHello) -> list[Effect]:
         """Another process has this id. Whoever holds it keeps it if it is heard of again; if not, it is dead."""
         if old.contender is not None and old.contender[0] != link:
-            return [_refusal(link, hello, NodeRefusal.NODE_ID_TAKEN, _taken(hello))]
+            return [_refusal(link, hello.node.nonce, NodeRefusal.NODE_ID_TAKEN, _taken(hello))]
         old.contender = (link, hello)
         self._contending[link] = hello.node.node_id
         return []
@@ -247,7 +312,7 @@ class RendezvousMachine:
             return []
         (link, hello), node.contender = node.contender, None
         self._contending.pop(link, None)
-        return [_refusal(link, hello, NodeRefusal.NODE_ID_TAKEN, _taken(hello))]
+        return [_refusal(link, hello.node.nonce, NodeRefusal.NODE_ID_TAKEN, _taken(hello))]
 
     def _link_closed(self, link: int, detail: str, now: float) -> list[Effect]:
         contended = self._contending.pop(link, None)
@@ -300,8 +365,8 @@ class RendezvousMachine:
         return (node.link,) if node.link is not None else ()
 
 
-def _refusal(link: int, hello: NodeHello, code: NodeRefusal, detail: str) -> SendToNodes:
-    return SendToNodes(NodeRefused(code, detail, hello.node.nonce), (link,))
+def _refusal(link: int, nonce: str, code: NodeRefusal, detail: str) -> SendToNodes:
+    return SendToNodes(NodeRefused(code, detail, nonce), (link,))
 
 
 def _taken(hello: NodeHello) -> str:

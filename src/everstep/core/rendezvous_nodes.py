@@ -6,6 +6,7 @@ import math
 
 from everstep.core.messages import Cause
 from everstep.core.node_messages import NodeHealth, NodeHello, NodeSpec
+from everstep.core.rank_news import Allowance
 from everstep.core.ranks import RankPolicy
 from everstep.core.types import REPLICA_ID_CHARS_MAX
 
@@ -43,6 +44,7 @@ class Node:
     arrived: int
     restarts: int = 0  # of its group's workers, as far as it knows
     health: NodeHealth = NodeHealth.HEALTHY  # in the round that it is in
+    news: Allowance = dataclasses.field(default_factory=Allowance)  # of its ranks
     contender: tuple[int, NodeHello] | None = None  # another process with its id, until either of them is heard of
 
 
@@ -140,10 +142,8 @@ class NodeRoster:
             return f"node_id {spec.node_id[:40]!r} must have 1 to {REPLICA_ID_CHARS_MAX} printable characters"
         if not 1 <= spec.min_nodes <= spec.max_nodes <= NODES_MAX:
             return f"nnodes {spec.min_nodes}:{spec.max_nodes}: give 1 <= min <= max <= {NODES_MAX}"
-        if max(len(spec.nonce), len(spec.domain)) > REPLICA_ID_CHARS_MAX or spec.domain_size < 0:
-            return (
-                f"nonce and topology have at most {REPLICA_ID_CHARS_MAX} characters, and topology_size is not negative"
-            )
+        if max(len(spec.nonce), len(spec.domain), len(spec.machine)) > REPLICA_ID_CHARS_MAX or spec.domain_size < 0:
+            return f"nonce, topology, machine: at most {REPLICA_ID_CHARS_MAX} characters; topology_size: not negative"
         last = hello.last
         if last is not None and not (0 < last.round.n <= ROUNDS_MAX and 0 <= last.rank < last.size <= NODES_MAX):
             return f"a last round of number {last.round.n}, rank {last.rank} and size {last.size} cannot have been"

@@ -215,6 +215,8 @@ class _Agent:
             case WorkloadAction.Continue:
                 pass
             case WorkloadAction.ExcludeThisNode:
+                for rendezvous in self._rendezvous.values():
+                    rendezvous.client.exclude(why)
                 self._queue.put(DrainAsked(why))
             case WorkloadAction.ShutdownWorkload:
                 for rendezvous in self._rendezvous.values():
@@ -313,6 +315,7 @@ class _Agent:
         is_min_healthy = settings.restart_policy is RestartPolicyName.MIN_HEALTHY
         spec = NodeSpec(
             node_id=settings.node_id,
+            machine=settings.machine,
             nonce=secrets.token_hex(8),
             min_nodes=settings.min_nodes,
             max_nodes=settings.max_nodes,

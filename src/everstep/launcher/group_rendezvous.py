@@ -25,13 +25,14 @@ from everstep.core.restart_events import (
     RestartEvent,
     RoundOver,
 )
-from everstep.core.restart_policy import CODE_CONFIGURATION, CODE_FAILED, CODE_UNREACHABLE
+from everstep.core.restart_policy import CODE_CONFIGURATION, CODE_DRAINED, CODE_FAILED, CODE_UNREACHABLE
 from everstep.errors import (
     ConfigError,
     EverstepError,
     LighthouseRefused,
     LighthouseUnreachable,
     NodeEvicted,
+    NodeExcluded,
     RendezvousEnded,
     RendezvousTimedOut,
     RoundStoreError,
@@ -169,6 +170,8 @@ class GroupRendezvous:
                 return Closed(self.group, str(error), was_spare)
             case NodeEvicted():
                 return Evicted(self.group, str(error))
+            case NodeExcluded():
+                return JoinFailed(self.group, CODE_DRAINED, str(error))
             case LighthouseUnreachable():
                 return JoinFailed(self.group, CODE_UNREACHABLE, str(error))
             case LighthouseRefused() | ConfigError():

@@ -87,6 +87,7 @@ def job_settings(values: Values, machine: Machine) -> JobSettings:
         connect_timeout_s=conf.connect_timeout_s,
         close_timeout_s=conf.close_timeout_s,
         node_id=conf.node_id or f"{values.optional_text('local_addr') or machine.hostname}_{machine.pid}",
+        machine=conf.node_id or values.optional_text("local_addr") or machine.hostname,
         local_addr=values.optional_text("local_addr"),
         join_timeout_s=conf.join_timeout_s,
         last_call_s=conf.last_call_s,

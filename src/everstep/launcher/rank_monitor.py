@@ -9,18 +9,31 @@ import threading
 from collections.abc import Callable
 from types import TracebackType
 
+from everstep.core.node_messages import RankNews, RankReport
+from everstep.core.rank_news import STACKS_CHARS_MAX, WAITING_MAX
+from everstep.core.stacks import cut
 from everstep.launcher.starting import WorkerProcess
 from everstep.monitor.control import WorkloadAction
-from everstep.monitor.events import ControlRequested, MonitorFailed, RankEvent, RankHung, RankSuspected, RankUnlimited
+from everstep.monitor.events import (
+    ControlRequested,
+    MonitorFailed,
+    RankCleared,
+    RankEvent,
+    RankHung,
+    RankSuspected,
+    RankUnlimited,
+)
 from everstep.monitor.reader import Monitor
 from everstep.monitor.settings import MonitorSettings
 
 __all__ = ["RankMonitor", "Ward"]
 
 STDERR = 2
+KNOWN_MAX = 2048
 
 log = logging.getLogger("everstep.monitor")
 Ask = Callable[[WorkloadAction, str], None]
+Tell = Callable[[RankReport], None]
 
 
 class Ward:
@@ -31,10 +44,10 @@ class Ward:
         self._number = number
         self.environment = environment  # what it needs in the worker's
 
-    def watch(self, process: WorkerProcess, name: str, stderr: int | None) -> None:
-        """It runs. Its stacks go where `stderr` leads, which may be closed after this."""
+    def watch(self, process: WorkerProcess, name: str, stderr: int | None, tell: Tell) -> None:
+        """It runs. Its stacks go where `stderr` leads, which may be closed after this; what becomes of it to `tell`."""
         if self.environment:
-            self._monitor.watch(self._number, process, name, STDERR if stderr is None else stderr)
+            self._monitor.watch(self._number, process, name, STDERR if stderr is None else stderr, tell)
 
     def let_go(self) -> None:
         """It has ended, or never began. More than once: nothing."""
@@ -43,14 +56,14 @@ class Ward:
 
 
 class RankMonitor:
-    """A context manager. `ask` is called on the monitor's thread, and must be quick."""
+    """A context manager. `ask`, and each rank's `tell`, are called on the monitor's thread, and must be quick."""
 
     def __init__(self, settings: MonitorSettings, ask: Ask) -> None:
         self._monitor = Monitor(settings, self._on_event)
         self._ask = ask
         self._numbers = itertools.count()
         self._lock = threading.Lock()
-        self._names: dict[int, str] = {}
+        self._known: dict[int, tuple[str, Tell]] = {}  # and some that have ended: the news of it may come after that
         self._logs: dict[int, int] = {}
         log.setLevel(settings.log_level)
 
@@ -74,10 +87,12 @@ class RankMonitor:
             log.warning("a worker is not watched for hangs: %s", error)
             return Ward(self, number, {})
 
-    def watch(self, number: int, process: WorkerProcess, name: str, stderr: int) -> None:
+    def watch(self, number: int, process: WorkerProcess, name: str, stderr: int, tell: Tell) -> None:
         log_fd = _writer_to(stderr)
         with self._lock:
-            self._names[number] = name
+            self._known[number] = name, tell
+            if len(self._known) > KNOWN_MAX:
+                del self._known[next(iter(self._known))]
             if log_fd is not None:
                 self._logs[number] = log_fd
         self._monitor.add_rank(number, process, log_fd, name)
@@ -85,14 +100,16 @@ class RankMonitor:
     def let_go(self, number: int) -> None:
         self._monitor.remove_rank(number)
         with self._lock:
-            self._names.pop(number, None)
             log_fd = self._logs.pop(number, None)
         if log_fd is not None:
             os.close(log_fd)
 
     def _on_event(self, event: RankEvent) -> None:
         with self._lock:
-            name = self._names.get(event.rank, f"worker {event.rank}")
+            name, tell = self._known.get(event.rank, (f"worker {event.rank}", None))
+        report = _report(event, name)
+        if tell is not None and report is not None:
+            tell(report)
         match event:
             case RankHung(culprit=culprit):
                 why = f" (the others wait for {event.names[culprit]})" if culprit is not None else ""
@@ -108,6 +125,29 @@ class RankMonitor:
                 log.info("%s: %s", name, event.detail)
             case _:
                 log.info("%s: %s", name, event.detail)
+
+
+def _report(event: RankEvent, name: str) -> RankReport | None:
+    """For the lighthouse; None: that is of no interest there."""
+    match event:
+        case RankSuspected():
+            return RankReport(
+                news=RankNews.SUSPECTED, rank=name, detail=event.detail, section=event.section, age_s=event.age_s
+            )
+        case RankCleared():
+            return RankReport(news=RankNews.CLEARED, rank=name, detail=event.detail)
+        case RankHung():
+            return RankReport(
+                news=RankNews.HUNG,
+                rank=name,
+                detail=event.detail,
+                section=event.section,
+                age_s=event.age_s,
+                culprit=event.names[event.culprit] if event.culprit is not None else "",
+                waiting=tuple(event.names[rank] for rank, _ in event.waiting[:WAITING_MAX]),
+                stacks=cut(event.stacks.get(event.rank, ""), STACKS_CHARS_MAX),
+            )
+    return None
 
 
 def _writer_to(fd: int) -> int | None:

@@ -70,6 +70,7 @@ class JobSettings:
     close_timeout_s: float = 30.0
 
     node_id: str
+    machine: str = ""  # what is excluded where a script asks for it; "": the node_id
     local_addr: str | None = None  # where the other nodes reach this one; None: the address of its lighthouse link
     join_timeout_s: float = 600.0
     last_call_s: float = 5.0

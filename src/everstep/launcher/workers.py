@@ -223,7 +223,7 @@ class AttemptWorkers:
             ward.let_go()
             self._never_began(local_rank, str(error))
             return None
-        ward.watch(process, self._name(local_rank), files.stderr)
+        ward.watch(process, self._name(local_rank), files.stderr, self._client.report_rank)
         worker = _Worker(
             token=token,
             local_rank=local_rank,

@@ -137,7 +137,7 @@ class Lighthouse:
         app.router.add_get("/link", self._server.handle)
         app.router.add_get("/api/v1/status", self._status)
         app.router.add_get("/api/v1/events", self._events)
-        app.router.add_post("/api/v1/{request:drain|admit|new-history}", self._operate)
+        app.router.add_post("/api/v1/{request:drain|admit|admit-node|new-history}", self._operate)
         app.router.add_get("/healthz", _healthz)
         self._runner = web.AppRunner(app, access_log=None, shutdown_timeout=0.1)
         await self._runner.setup()
@@ -194,6 +194,10 @@ class Lighthouse:
                 case "admit":
                     await self._jobs.pardon(job, group)
                     text = f"group {group} is let in again; its deaths so far are forgotten"
+                case "admit-node":
+                    node = request.query.get("node", "")
+                    self._jobs.rendezvous.admit_node(job, node)
+                    text = f"node {node} may join again"
                 case _:
                     await self._jobs.start_new_history(job)
                     text = "the state is given up: groups that hold it end, those without it begin anew"

@@ -81,6 +81,7 @@ class Jobs:
                 **job.status(),
                 "links": len(job.open_links),
                 "rendezvous": self.rendezvous.status(job_id),
+                "excluded_nodes": self.rendezvous.excluded(job_id),
             }
             for job_id, job in self._jobs.items()
         }
@@ -206,6 +207,7 @@ class Jobs:
         self._publish.pop(job.job_id, None)
         self._returned.discard(job.job_id)
         self.streams.forget(job.job_id)
+        self.rendezvous.forget(job.job_id)
         self._bury(job)
         return True
 

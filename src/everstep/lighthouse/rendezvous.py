@@ -9,9 +9,11 @@ from typing import Protocol
 from everstep.config import LighthouseSettings
 from everstep.core.agents import AgentLinkClosed, AgentMessage
 from everstep.core.events import JobEvent
+from everstep.core.exclusions import Exclusions
 from everstep.core.messages import Close, Effect, Log, Publish, Refused, SendToNodes
 from everstep.core.node_messages import FromAgent, FromNode, NodeHello, ToNode, WorkersRunning
 from everstep.core.rendezvous import (
+    AdmitNode,
     NodeLinkClosed,
     NodeMessage,
     RendezvousConfig,
@@ -53,6 +55,7 @@ class RendezvousDesk:
         self._job_of: dict[int, str] = {}
         self._rendezvous_of: dict[int, _Rendezvous] = {}
         self._open: dict[tuple[str, str], _Rendezvous] = {}
+        self._exclusions: dict[str, Exclusions] = {}  # of each job
         self._running: dict[int, WorkersRunning] = {}  # what each agent said last
 
     def attach(self, links: NodeLinks) -> None:
@@ -69,6 +72,27 @@ class RendezvousDesk:
     def status(self, job_id: str) -> dict[str, object]:
         """Of each group."""
         return {r.config.group: r.machine.status() for (job, _), r in self._open.items() if job == job_id}
+
+    def excluded(self, job_id: str) -> dict[str, str]:
+        """Nodes that stay out, and why."""
+        found = self._exclusions.get(job_id)
+        return {node.machine: node.reason for node in found.nodes} if found is not None else {}
+
+    def admit_node(self, job_id: str, node: str) -> None:
+        """Raises LookupError: it is not excluded."""
+        excluded = self.excluded(job_id)
+        if node not in excluded:
+            raise LookupError(
+                f"node {node!r} of job {job_id!r} is not excluded; excluded are: {', '.join(excluded) or 'none'}"
+            )
+        for (job, _), rendezvous in list(self._open.items()):
+            if job == job_id:
+                rendezvous.receive(AdmitNode(node))
+        self._exclusions[job_id].admit(node)  # where every machine has been dropped
+
+    def forget(self, job_id: str) -> None:
+        """The job was dropped."""
+        self._exclusions.pop(job_id, None)
 
     def has_nodes(self, job_id: str) -> bool:
         return job_id in self._job_of.values()
@@ -141,7 +165,8 @@ class RendezvousDesk:
             link_grace_s=self._settings.link_grace_s,
         )
         assert self._links is not None
-        opened = _Rendezvous(config, self._links, self._jobs.publish, self._crashed)
+        exclusions = self._exclusions.setdefault(job_id, Exclusions())
+        opened = _Rendezvous(config, exclusions, self._links, self._jobs.publish, self._crashed)
         self._open[job_id, group] = opened
         opened.start()
         return opened
@@ -170,12 +195,13 @@ class _Rendezvous:
     def __init__(
         self,
         config: RendezvousConfig,
+        exclusions: Exclusions,
         links: NodeLinks,
         publish: Callable[[str, JobEvent], None],
         on_crash: Callable[["_Rendezvous", Exception], None],
     ) -> None:
         self.config = config
-        self.machine = RendezvousMachine(config)
+        self.machine = RendezvousMachine(config, exclusions)
         self.links: dict[int, None] = {}
         self._links = links
         self._publish = publish

@@ -87,7 +87,9 @@ def _float_fields(kinds: Any) -> dict[type, tuple[str, ...]]:
     return found
 
 
-_DURATIONS = {**_float_fields(ToLighthouse), **_float_fields(ToMember), **_float_fields(ToNode)}
+_DURATIONS = {
+    kind: names for kinds in (ToLighthouse, ToMember, FromNode, ToNode) for kind, names in _float_fields(kinds).items()
+}
 _NEVER_ZERO = (Welcome, NodeWelcome)
 
 

@@ -20,6 +20,7 @@ from everstep.core.node_messages import (
     NodeRefusal,
     NodeSpec,
     NodeWelcome,
+    RankReport,
     RendezvousClosed,
     RoundInfo,
     StoreReply,
@@ -34,6 +35,7 @@ from everstep.errors import (
     ConfigError,
     LighthouseUnreachable,
     NodeEvicted,
+    NodeExcluded,
     RendezvousEnded,
     RendezvousTimedOut,
 )
@@ -100,8 +102,8 @@ class NodeClient:
         `restarts`: of the group's workers after failures, as far as this node knows; `RoundInfo` has what all know.
 
         `open_store` is called on this thread if this node is to host the round's store; it returns `host:port`.
-        Raises RendezvousTimedOut, RendezvousEnded, NodeEvicted (once; the next call joins anew), ConfigError,
-        LighthouseRefused and LighthouseUnreachable.
+        Raises RendezvousTimedOut, RendezvousEnded, NodeEvicted (once; the next call joins anew), NodeExcluded,
+        ConfigError, LighthouseRefused and LighthouseUnreachable.
         """
         with self._changed:
             self._raise_if_refused()
@@ -234,6 +236,16 @@ class NodeClient:
                 del self._tokens[name]
                 self._say(self._machine.worker_ended(WorkerEnded(name, detail, is_clean)))
 
+    def report_rank(self, report: RankReport) -> None:
+        """For the job's events. Any thread; never blocks; the newest few wait for a lighthouse that is away."""
+        with self._changed:
+            self._say(self._machine.report_rank(report))
+
+    def exclude(self, reason: str) -> None:
+        """Keep this node out of the job from its next join on, until it is admitted. Any thread; never blocks."""
+        with self._changed:
+            self._say(self._machine.exclude(reason))
+
     def _answer(self, name: str) -> None:
         """On the link's thread."""
         worker = self._tokens.get(name)
@@ -328,6 +340,8 @@ class NodeClient:
         match refusal.code:
             case NodeRefusal.EVICTED:
                 raise NodeEvicted(refusal.detail)
+            case NodeRefusal.EXCLUDED:
+                raise NodeExcluded(refusal.detail)
             case NodeRefusal.TIMEOUT:
                 raise RendezvousTimedOut(refusal.detail)
             case NodeRefusal.NODE_ID_TAKEN | NodeRefusal.BAD_CONFIG:

@@ -26,6 +26,11 @@ def admit_group(target: LinkTarget, group: str) -> str:
     return _ask(target, "admit", group=group)
 
 
+def admit_node(target: LinkTarget, node: str) -> str:
+    """Let in a node that a script has excluded; as `drain_group` otherwise."""
+    return _ask(target, "admit-node", node=node)
+
+
 def start_new_history(target: LinkTarget) -> str:
     """Give up the state that the members of the target's job hold; as `drain_group` otherwise."""
     return _ask(target, "new-history")

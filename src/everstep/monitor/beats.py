@@ -363,13 +363,14 @@ def _make_section(words: Words, place: _Place) -> Any:
         now = clock()
         if not opened:
             return False
+        lasted = now - opened
         words[at] = now << 1
-        number += 1
-        if now - opened > ceiling or now > due:
-            ceiling, due = note(number, now - opened, now)
         opened = 0
         thread.depth -= 1
         thread.closed_at = now
+        number += 1
+        if lasted > ceiling or now > due:
+            ceiling, due = note(number, lasted, now)  # a call: whatever strikes in it, the section is closed
         return None
 
     def is_open() -> bool:

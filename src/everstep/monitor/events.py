@@ -17,6 +17,9 @@ class RankEvent:
 class RankSuspected(RankEvent):
     """Past its soft deadline."""
 
+    section: str
+    age_s: float
+
 
 @dataclasses.dataclass(frozen=True)
 class RankCleared(RankEvent):

@@ -186,8 +186,8 @@ class Monitor:
                 match finding:
                     case hang.Hung():
                         events.append(self._ending.end(finding, self._ranks, now))
-                    case hang.Suspected(rank, detail):
-                        events.append(RankSuspected(rank, detail))
+                    case hang.Suspected(rank, detail, clock):
+                        events.append(RankSuspected(rank, detail, clock.section, now - clock.since))
                     case hang.Cleared(rank, detail):
                         events.append(RankCleared(rank, detail))
                     case hang.Unlimited(rank, detail):

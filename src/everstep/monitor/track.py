@@ -6,7 +6,7 @@ of each minute, and at each minute's end.
 
 from collections.abc import Callable
 
-from everstep.core.limits import WARM_UP, Observed, faded
+from everstep.core.limits import ENOUGH, WARM_UP, Observed, faded
 
 WINDOW_NS = 60_000_000_000
 FIRST_WINDOW_NS = 5_000_000_000
@@ -38,7 +38,7 @@ class Track:
         self._window = max(self._window, duration_ns)
         self.longest_ns = max(self.longest_ns, duration_ns)
         self._publish(self.count, self.longest_ns)
-        return self._window, self._due
+        return self._window if self.count >= ENOUGH else -1, self._due  # -1: again at once
 
     def seed(self, observed: Observed) -> None:
         """What an earlier process saw."""
