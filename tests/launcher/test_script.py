@@ -12,6 +12,7 @@ import pytest
 from everstep.launcher.starting import ExitStatus, Launch, RunAs, Starter, WorkerNotStarted
 from everstep.launcher.template_client import TemplateStarter
 from tests.launcher.workers import DEADLINE_S, PYTHON, Scripts, Worker, environment
+from tests.support.waiting import wait_until
 
 FACTS = """
 '''What I am.'''
