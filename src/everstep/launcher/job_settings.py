@@ -48,8 +48,7 @@ def job_settings(values: Values, machine: Machine) -> JobSettings:
         is_alone=meeting.is_alone,
         hostname=machine.hostname,
     )
-    groups = group_ids(values, place)
-    meeting = _kept_at_home(meeting, place, groups)
+    meeting = _kept_at_home(meeting, place, groups := group_ids(values, place))
     ranks, infrastructure_rank = _ranks(values, pairs, place, groups, machine.environ)
     workers = workers_per_node(values, len(groups), machine)
     python = machine.environ.get("PYTHON_EXEC") or machine.python
