@@ -101,6 +101,7 @@ def expect(text: str, *parts: str) -> None:
     assert "Traceback" not in text, text
 
 
+@pytest.mark.soak
 def test_a_group_that_leaves_takes_part_in_one_more_vote_and_disturbs_nobody(outputs: dict[str, list[Shell]]) -> None:
     stays, leaves = (shell.wait() for shell in outputs["leave-1"])
     assert [shell.process.returncode for shell in outputs["leave-1"]] == [0, 0]
@@ -112,6 +113,7 @@ def test_a_group_that_leaves_takes_part_in_one_more_vote_and_disturbs_nobody(out
     assert "failed in quorum" not in stays
 
 
+@pytest.mark.soak
 @pytest.mark.parametrize("proactive", ["1", "0"])
 def test_a_group_that_dies_costs_the_other_no_step(outputs: dict[str, list[Shell]], proactive: str) -> None:
     text = outputs[f"die-{proactive}"][0].wait()
@@ -122,18 +124,21 @@ def test_a_group_that_dies_costs_the_other_no_step(outputs: dict[str, list[Shell
     assert pause_after_step_3(text) < 3.0
 
 
+@pytest.mark.soak
 def test_a_stopped_group_is_given_up_after_the_heartbeat_timeout(outputs: dict[str, list[Shell]]) -> None:
     text = outputs["stop-1"][0].wait()
     expect(text, "notice round=1/1 cause=silent", "nothing heard for 2 s", "step 8 committed by 1 groups")
     assert 1.0 < pause_after_step_3(text) < 5.0
 
 
+@pytest.mark.soak
 def test_without_proactive_recovery_it_takes_the_collectives_timeout(outputs: dict[str, list[Shell]]) -> None:
     text = outputs["stop-0"][0].wait()
     expect(text, "notice put off round=1/1 cause=silent", "nothing heard for 2 s", "step 8 committed by 1 groups")
     assert 9.0 < pause_after_step_3(text) < 20.0
 
 
+@pytest.mark.soak
 def test_a_group_that_comes_ten_seconds_later_takes_the_state_over(outputs: dict[str, list[Shell]]) -> None:
     early, late = (shell.wait() for shell in outputs["live"])
     assert [shell.process.returncode for shell in outputs["live"]] == [0, 0]

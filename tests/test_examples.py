@@ -3,6 +3,8 @@
 import re
 from pathlib import Path
 
+import pytest
+
 from tests.support.processes import Spawned, Spawner
 from tests.test_docs import fences
 
@@ -45,6 +47,7 @@ class Shells:
         return lighthouse
 
 
+@pytest.mark.soak
 def test_groups_train_by_the_commands_of_the_readme_plain_and_under_torchrun(spawn: Spawner, tmp_path: Path) -> None:
     shells = Shells(spawn, tmp_path)
     lighthouse = shells.start_lighthouse()

@@ -117,8 +117,8 @@ def test_the_children_of_a_dead_worker_end_with_it(spawn: Spawner, tmp_path: Pat
     child = int(agent.expect_line("runs 0").split()[3])
     agent.expect_line("runs 1")
     assert not Path(f"/proc/{child}").exists() or "Z" in Path(f"/proc/{child}/stat").read_text()
-    agent.kill(signal.SIGTERM)
     agent.expect_line("end")
+    agent.kill(signal.SIGTERM)
     assert agent.wait() == 92
 
 

@@ -191,6 +191,7 @@ dist.destroy_process_group()
 """
 
 
+@pytest.mark.soak
 def test_two_torchruns_of_two_ranks_train_one_model(tmp_path: Path, spawn: Spawner) -> None:
     """The ranks meet in torchrun's own store, and average within their group by torch.distributed beside Everstep."""
     script = tmp_path / "script.py"
