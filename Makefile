@@ -85,7 +85,7 @@ compat: ## the tests on each of COMPAT_PYTHONS that is installed (pythonX.Y, or 
 	if [ -n "$$failed" ]; then echo "error: the tests failed on Python$$failed" >&2; exit 1; fi; \
 	echo "== the tests pass on Python$$ran"
 
-BENCHES := steady_state recovery failures lighthouse rendezvous monitor
+BENCHES := steady_state recovery failures lighthouse rendezvous restart monitor
 bench: $(STAMP) ## print the README's tables again; `make bench-rival` beside torchft
 	@for bench in $(BENCHES); do echo "== bench/$$bench.py"; $(PY) bench/$$bench.py; done
 	@echo "== python -m everstep.sim --groups 100000"; $(PY) -m everstep.sim --groups 100000
