@@ -85,7 +85,7 @@ compat: ## the tests on each of COMPAT_PYTHONS that is installed (pythonX.Y, or 
 	if [ -n "$$failed" ]; then echo "error: the tests failed on Python$$failed" >&2; exit 1; fi; \
 	echo "== the tests pass on Python$$ran"
 
-BENCHES := steady_state recovery failures lighthouse rendezvous restart monitor
+BENCHES := steady_state recovery live_recovery failures lighthouse rendezvous restart monitor
 bench: $(STAMP) ## print the README's tables again; `make bench-rival` beside torchft
 	@for bench in $(BENCHES); do echo "== bench/$$bench.py"; $(PY) bench/$$bench.py; done
 	@echo "== python -m everstep.sim --groups 100000"; $(PY) -m everstep.sim --groups 100000
@@ -101,7 +101,7 @@ bench-venv: .venv-bench/.installed ## create .venv-bench, with torchft beside Ev
 	touch $@
 
 bench-rival: bench-venv ## the benchmarks that have a rival, beside it in the same run
-	@for bench in steady_state recovery; do echo "== bench/$$bench.py"; .venv-bench/bin/python bench/$$bench.py --with torchft; done
+	@for bench in steady_state recovery live_recovery; do echo "== bench/$$bench.py"; .venv-bench/bin/python bench/$$bench.py --with torchft; done
 
 docs: $(STAMP) ## regenerate the tables of docs/ from the code
 	$(PY) docs/generate.py

@@ -83,7 +83,7 @@ def test_t1_without_the_state_it_recovers_from_the_planned_source_first() -> Non
     replica.tell(Switch(FIRST.id, whole(FIRST)))
     assert replica.next_move() == Build(FIRST, Claim(None, 0))
     replica.tell(BarrierEnded(FIRST.id, (Claim(None, 0), Claim(genesis("h"), 2))))
-    assert replica.next_move() == Recover(FIRST, 1, genesis("h"))
+    assert replica.next_move() == Recover(FIRST, 1, genesis("h"), (1,))
     assert replica.report().is_unsettled
     assert not replica.report().has_state
     replica.tell(StateRecovered(FIRST.id))

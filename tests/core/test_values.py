@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from everstep.core.messages import MembersChange, applied, changed, whole
-from everstep.core.recovery_plan import Claim, plan_recovery
+from everstep.core.recovery_plan import DONORS_MAX, READERS_MAX, Claim, RecoveryPlan, plan_recovery
 from everstep.core.types import (
     LineageEntry,
     LocalProtocolError,
@@ -88,8 +88,23 @@ def test_every_joiner_gets_a_source_that_holds_the_state(holds: list[bool]) -> N
     plan = plan_recovery(claims)
     assert sorted(plan.source_of) == [rank for rank, has in enumerate(holds) if not has]
     assert all(holds[source] for source in plan.source_of.values())
-    served = [len(plan.receivers_of(rank)) for rank, has in enumerate(holds) if has]
+    first = list(plan.source_of.values())
+    served = [first.count(rank) for rank, has in enumerate(holds) if has]
     assert max(served) - min(served) <= 1, "the sources share the work"
+    for receiver, source in plan.source_of.items():
+        donors = plan.donors_of(receiver)
+        assert donors[0] == source
+        assert len(set(donors)) == len(donors) <= DONORS_MAX
+        assert all(holds[donor] for donor in donors)
+        assert all(receiver in plan.receivers_of(donor) for donor in donors)
+    readers = [len(plan.receivers_of(rank)) for rank, has in enumerate(holds) if has]
+    assert max(readers) <= max(READERS_MAX + DONORS_MAX, -(-len(first) // len(served)))
+
+
+def test_a_plan_of_an_older_version_names_one_source_for_each() -> None:
+    plan = RecoveryPlan(lineage=genesis("h"), attempt=0, source_of={1: 0, 2: 3})
+    assert [plan.donors_of(receiver) for receiver in (1, 2)] == [(0,), (3,)]
+    assert [plan.receivers_of(rank) for rank in range(4)] == [(1,), (), (), (2,)]
 
 
 def test_holders_that_disagree_are_a_bug() -> None:

@@ -103,7 +103,7 @@ def answer(body: bytes, digest: str = "", length: int = -1) -> bytes:
 
 
 def chunks_of(snapshot: Snapshot) -> bytes:
-    return b"".join(bytes(snapshot.chunk(n)) + snapshot.digest(n) for n in range(snapshot.chunk_count))
+    return b"".join(b"".join(snapshot.chunk(n)) + snapshot.digest(n) for n in range(snapshot.chunk_count))
 
 
 @rounds(50)

@@ -95,7 +95,7 @@ def carried(state: Mapping[str, Any], chunk_bytes: int = CHUNK_BYTES_MIN) -> dic
 def assembled(snapshot: Snapshot) -> dict[str, Any]:
     assembly = Assembly(decode(snapshot.manifest_bytes, Limits()), Landing())
     for index, pieces in enumerate(assembly.chunks()):
-        chunk = snapshot.chunk(index)
+        chunk = memoryview(b"".join(snapshot.chunk(index)))
         assert sum(len(piece) for piece in pieces) == len(chunk)
         for piece in pieces:
             piece[:], chunk = chunk[: len(piece)], chunk[len(piece) :]

@@ -38,6 +38,8 @@ def serving(
 
 
 def request_to(url: str, timeout_s: float = DEADLINE_S, **fields: Any) -> FetchRequest:
+    """Over HTTP, unless told otherwise: on one host a fetch would not use the wire."""
+    fields.setdefault("may_read_memory", False)
     return FetchRequest(source_url=url, key=fields.pop("key", KEY), deadline=time.monotonic() + timeout_s, **fields)
 
 
@@ -77,7 +79,7 @@ class Running:
 
 
 class Proxy:
-    """Passes a connection at a time on to `url`; `tamper(offset, data)` makes of the source's bytes what arrives.
+    """Passes connections on to `url`; `tamper(offset, data)` makes of the source's bytes what arrives.
 
     None for bytes cuts the connection there. It runs until the context ends.
     """
@@ -88,6 +90,7 @@ class Proxy:
         self._listener = socket.create_server(("127.0.0.1", 0))
         self._stop, self._stopped = socket.socketpair()
         self._thread = threading.Thread(target=self._run, name="proxy")
+        self._threads = [self._thread]
         self.passed = 0  # bytes of the source, on the latest connection
         self.asked: list[bytes] = []
         self.url = f"http://127.0.0.1:{self._listener.getsockname()[1]}"
@@ -98,21 +101,27 @@ class Proxy:
 
     def __exit__(self, *_: object) -> None:
         self._stop.close()
-        self._thread.join(DEADLINE_S)
-        assert not self._thread.is_alive()
+        for thread in self._threads:
+            thread.join(DEADLINE_S)
+            assert not thread.is_alive()
         self._listener.close()
         self._stopped.close()
 
     def _run(self) -> None:
         while self._stopped not in select.select([self._listener, self._stopped], [], [])[0]:
             near, _ = self._listener.accept()
-            assert self._target.port is not None
-            with near, socket.create_connection(("127.0.0.1", self._target.port)) as far:
-                with contextlib.suppress(OSError):
-                    self._pass_on(near, far)
+            thread = threading.Thread(target=self._serve, args=(near,), name="proxy of a connection")
+            self._threads.append(thread)
+            thread.start()
+
+    def _serve(self, near: socket.socket) -> None:
+        assert self._target.port is not None
+        with near, socket.create_connection(("127.0.0.1", self._target.port)) as far:
+            with contextlib.suppress(OSError):
+                self._pass_on(near, far)
 
     def _pass_on(self, near: socket.socket, far: socket.socket) -> None:
-        self.passed = 0
+        self.passed = passed = 0
         near.settimeout(DEADLINE_S)
         while True:
             ready = select.select([near, far, self._stopped], [], [])[0]
@@ -126,8 +135,8 @@ class Proxy:
             if far in ready:
                 if not (answer := far.recv(1 << 16)):
                     return
-                sent = self._tamper(self.passed, answer)
-                self.passed += len(answer)
+                sent = self._tamper(passed, answer)
+                self.passed = passed = passed + len(answer)
                 if sent is None:
                     return
                 near.sendall(sent)

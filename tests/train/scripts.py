@@ -43,7 +43,7 @@ class Plan:
     at_step: int = 0
     after_steps: int = 0  # instead of at_step: counted from this process's first step
     die_in: str = ""  # fetch, apply, forward, backward, reduction, before_step, vote, voted, optimizer, updated
-    at_configure: int = 0  # die instead in its nth group: rebuild (before it is built), rebuilt, offer, rereduce
+    at_configure: int = 0  # die instead in its nth group: rebuild (before it is built), rebuilt, offer, meet, rereduce
     signal: int = signal.SIGKILL  # that it sends itself there, once
     object_at_step: int = 0  # report_error in this one
     hold_at_step: int = 0  # in before_step, until the test says go
@@ -122,6 +122,10 @@ class FaultyGroup(ReconfigurableProcessGroup):
 
     def allgather(self, tensor: torch.Tensor) -> torch.Tensor:
         return self._inner.allgather(tensor)
+
+    def meet(self, *, is_patient: bool) -> None:
+        self._strike("meet")
+        self._inner.meet(is_patient=is_patient)
 
     @property
     def quorum_id(self) -> QuorumId | None:

@@ -69,8 +69,17 @@ class Wires:
 class LaneWork:
     """One reduction; a Work (process_group.py). Its rounds are run by `wait`, on the caller's thread."""
 
-    def __init__(self, wires: Wires, numbers: list[int], op: ReduceOp, finish: Callable[[list[int]], None]) -> None:
+    def __init__(
+        self,
+        wires: Wires,
+        numbers: list[int],
+        op: ReduceOp,
+        finish: Callable[[list[int]], None],
+        *,
+        is_patient: bool = False,
+    ) -> None:
         self._wires = wires
+        self._is_patient = is_patient  # it ends with its members, or when it is severed
         self._numbers = numbers
         self._combine = min if op is ReduceOp.MIN else max
         self._finish = finish
@@ -107,6 +116,11 @@ class LaneWork:
         while len(frame) < self._format.size:
             try:
                 part = sock.recv(self._format.size - len(frame))
+            except BlockingIOError as error:
+                if not self._is_patient:
+                    raise self._lost(peer, error) from None
+                self._wires.check()
+                continue
             except OSError as error:
                 raise self._lost(peer, error) from None
             if not part:
@@ -174,11 +188,13 @@ class Lane:
                     self._current = wires
         wires.check()
 
-    def reduce(self, numbers: list[int], op: ReduceOp, finish: Callable[[list[int]], None]) -> LaneWork:
+    def reduce(
+        self, numbers: list[int], op: ReduceOp, finish: Callable[[list[int]], None], *, is_patient: bool = False
+    ) -> LaneWork:
         """`finish` gets the result on the thread that waits."""
         assert self._current is not None, "connect first"
         self._current.check()
-        return LaneWork(self._current, numbers, op, finish)
+        return LaneWork(self._current, numbers, op, finish, is_patient=is_patient)
 
     def abort(self, up_to: QuorumId) -> None:
         with self._lock:

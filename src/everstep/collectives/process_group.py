@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Protocol
 
-from torch import Tensor
+from torch import Tensor, uint8, zeros
 
 from everstep.core.types import QuorumId
 
@@ -95,6 +95,11 @@ class ReconfigurableProcessGroup(ABC):
     @abstractmethod
     def allgather(self, tensor: Tensor) -> Tensor:
         """Every member's `tensor` (same shape and dtype everywhere), stacked by rank; blocks. Raises as `Work.wait`."""
+
+    def meet(self, *, is_patient: bool) -> None:
+        """Block until every member has called it; `is_patient`: however long that takes. Raises as `Work.wait`."""
+        del is_patient  # here it is an operation like any other
+        self.allgather(zeros(1, dtype=uint8))
 
     @property
     @abstractmethod

@@ -44,6 +44,10 @@ class ProcessGroupWithLane(ReconfigurableProcessGroup):
     def allgather(self, tensor: Tensor) -> Tensor:
         return self._inner.allgather(tensor)
 
+    def meet(self, *, is_patient: bool) -> None:
+        if self.size > 1:
+            self._lane.reduce([0], ReduceOp.MIN, lambda _: None, is_patient=is_patient).wait()
+
     @property
     def quorum_id(self) -> QuorumId | None:
         return self._inner.quorum_id

@@ -44,11 +44,12 @@ class Build:
 
 @dataclasses.dataclass(frozen=True)
 class Recover:
-    """Fetch the live state of `lineage` from the member of rank `source`; then StateRecovered."""
+    """Fetch the live state of `lineage` from the members of ranks `donors`, `source` first; then StateRecovered."""
 
     quorum: Quorum
     source: int
     lineage: Lineage
+    donors: tuple[int, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)

@@ -114,6 +114,10 @@ class ReplicaState:
         self._had_section = True
         self._sections = (*self._sections, name)
 
+    def rename_section(self, name: str) -> None:
+        """The innermost one has come further. Any thread while the training thread is in it."""
+        self._sections = (*self._sections[:-1], name)
+
     def close_section(self, now: float) -> None:
         self._sections = self._sections[:-1]
         if self._doing[0] is Activity.COMPUTING:
@@ -200,7 +204,7 @@ class ReplicaState:
             return Build(quorum, Claim(self.lineage, self.attempt))
         rank = quorum.rank_of(self.member)
         assert rank is not None
-        return Recover(quorum, self.plan.source_of[rank], self.plan.lineage)
+        return Recover(quorum, self.plan.source_of[rank], self.plan.lineage, self.plan.donors_of(rank))
 
     def _move_to_vote(self, quorum: Quorum) -> Move:
         is_short = len(quorum.members) < self.min_replicas

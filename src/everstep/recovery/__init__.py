@@ -8,10 +8,23 @@ check_torch(torch)  # before the first name that an unfit torch lacks
 
 # ruff: noqa: E402
 from everstep.recovery.auth import TransferAuth
-from everstep.recovery.client import Fetch, FetchRequest
-from everstep.recovery.landing import Landing
+from everstep.recovery.client import Fetch
+from everstep.recovery.gathering import FetchReport
+from everstep.recovery.landing import InPlace, Landing
 from everstep.recovery.manifest import Limits
+from everstep.recovery.request import FetchRequest
 from everstep.recovery.server import RecoveryServer, ServerOptions
 from everstep.recovery.snapshot import Snapshot
 
-__all__ = ["Fetch", "FetchRequest", "Landing", "Limits", "RecoveryServer", "ServerOptions", "Snapshot", "TransferAuth"]
+__all__ = [
+    "Fetch",
+    "FetchReport",
+    "FetchRequest",
+    "InPlace",
+    "Landing",
+    "Limits",
+    "RecoveryServer",
+    "ServerOptions",
+    "Snapshot",
+    "TransferAuth",
+]

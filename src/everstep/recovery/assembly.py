@@ -19,7 +19,11 @@ class Assembly:
     def __init__(self, manifest: Manifest, landing: Landing) -> None:
         self._manifest = manifest
         self._landing = landing
-        self._regions = [landing.take(size) for size in manifest.region_bytes]
+        self._regions = landing.regions(manifest)
+        # A region of the member's own lies within a storage that may hold more; torch places views by elements.
+        for node in manifest.nodes:
+            if isinstance(node, TensorNode) and self._begin_of(node.region) % DTYPES[node.dtype].itemsize:
+                self._regions[node.region] = landing.take(manifest.region_bytes[node.region])
 
     def chunks(self) -> Iterator[list[memoryview]]:
         """For each chunk in order the pieces of memory that it fills."""
@@ -38,8 +42,12 @@ class Assembly:
             yield pieces
 
     def tree(self) -> dict[str, object]:
-        """The state, made of fresh CPU tensors on the regions; tied tensors share a storage again."""
+        """The state, made of CPU tensors on the regions; tied tensors share a storage again."""
         return build(self._manifest, self._leaf)
+
+    def adopt(self, manifest: Manifest) -> None:
+        """Build what another source says instead, of the same layout."""
+        self._manifest = manifest
 
     def discard(self) -> None:
         for region in self._regions:
@@ -50,10 +58,14 @@ class Assembly:
         if isinstance(node, TensorNode):
             storage = self._regions[node.region].untyped_storage()
             tensor = torch.empty(0, dtype=DTYPES[node.dtype])
-            return tensor.set_(storage, node.offset, node.shape, node.strides)
+            offset = self._begin_of(node.region) // tensor.element_size() + node.offset
+            return tensor.set_(storage, offset, node.shape, node.strides)
         if isinstance(node, ArrayNode):
             return self._array(node)
         return plain_leaf(node)
+
+    def _begin_of(self, region: int) -> int:
+        return int(self._regions[region].storage_offset())
 
     def _array(self, node: ArrayNode) -> object:
         numpy = _numpy()

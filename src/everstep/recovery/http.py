@@ -1,7 +1,9 @@
-"""The HTTP that donors and joiners speak: two GETs, and how both ends prove that they know the job token.
+"""The HTTP that donors and joiners speak: four GETs, and how both ends prove that they know the job token.
 
     GET /v1/offers/{key}/manifest?wait_s=4         200 the manifest | 404 not offered yet
     GET /v1/snapshots/{id}/chunks/{first}-{end}    200 for each chunk of [first, end) its bytes, then its xxh3_64 | 410
+    GET /v1/snapshots/{id}/digests/{first}-{end}   200 for each of those chunks its xxh3_64 | 410
+    GET /v1/snapshots/{id}/memory?pid={pid}        200 where the payload lies in the source's memory | 404 another host
 
 With a job token the first answer on a connection is 401 with a nonce. Every request then carries HMAC(token, the
 server's nonce, the client's nonce, number of the request on this connection, target), and every answer the same over
@@ -27,6 +29,8 @@ ERROR_BODY_BYTES_MAX = 4 << 10
 
 _MANIFEST = re.compile(r"/v1/offers/([^/?]{1,6144})/manifest\?wait_s=(\d{1,3}(?:\.\d{1,6})?)")
 _CHUNKS = re.compile(r"/v1/snapshots/([0-9a-f]{16})/chunks/(\d{1,15})-(\d{1,15})")
+_DIGESTS = re.compile(r"/v1/snapshots/([0-9a-f]{16})/digests/(\d{1,15})-(\d{1,15})")
+_MEMORY = re.compile(r"/v1/snapshots/([0-9a-f]{16})/memory\?pid=(\d{1,10})")
 _STATUS = re.compile(r"[1-5]\d\d")
 _SNAPSHOT_ID = re.compile(r"[0-9a-f]{16}")
 _CREDENTIAL = re.compile(r"Everstep nonce=([0-9a-f]{32}), mac=([0-9a-f]{64})")
@@ -54,11 +58,41 @@ class ChunksRequest:
         return f"/v1/snapshots/{self.snapshot_id}/chunks/{self.first}-{self.end}"
 
 
-def parse_target(target: str) -> ManifestRequest | ChunksRequest | None:
+@dataclass(frozen=True)
+class DigestsRequest:
+    snapshot_id: str
+    first: int
+    end: int
+
+    @property
+    def target(self) -> str:
+        return f"/v1/snapshots/{self.snapshot_id}/digests/{self.first}-{self.end}"
+
+
+@dataclass(frozen=True)
+class MemoryRequest:
+    """`pid`: the process that is going to read."""
+
+    snapshot_id: str
+    pid: int
+
+    @property
+    def target(self) -> str:
+        return f"/v1/snapshots/{self.snapshot_id}/memory?pid={self.pid}"
+
+
+Request = ManifestRequest | ChunksRequest | DigestsRequest | MemoryRequest
+
+
+def parse_target(target: str) -> Request | None:
     if match := _MANIFEST.fullmatch(target):
         return ManifestRequest(unquote(match[1]), min(float(match[2]), LONG_POLL_S))
     if match := _CHUNKS.fullmatch(target):
         return ChunksRequest(match[1], int(match[2]), int(match[3]))
+    if match := _DIGESTS.fullmatch(target):
+        return DigestsRequest(match[1], int(match[2]), int(match[3]))
+    if match := _MEMORY.fullmatch(target):
+        return MemoryRequest(match[1], int(match[2]))
     return None
 
 

@@ -1,10 +1,13 @@
-"""Memory for a peer's state to land in. The kernel's zeroing of fresh pages costs three times the transfer itself."""
+"""Memory for a peer's state to land in. The kernel's zeroing of fresh pages costs as much as the transfer itself."""
 
 from collections.abc import Mapping
 
 import torch
 
-from everstep.recovery.layout import lay_out
+from everstep.recovery.layout import as_bytes, lay_out
+from everstep.recovery.manifest import Manifest, TensorNode, leaf_paths
+
+RegionKey = tuple[tuple[str, TensorNode], ...]
 
 
 class Landing:
@@ -18,6 +21,10 @@ class Landing:
         for size in lay_out(own).manifest.region_bytes:
             self.give_back(torch.empty(size, dtype=torch.uint8).zero_())
 
+    def regions(self, manifest: Manifest) -> list[torch.Tensor]:
+        """A uint8 buffer for each of its regions."""
+        return [self.take(size) for size in manifest.region_bytes]
+
     def take(self, size: int) -> torch.Tensor:
         """A uint8 buffer of exactly that size, its contents undefined."""
         free = self._touched.get(size)
@@ -25,3 +32,44 @@ class Landing:
 
     def give_back(self, buffer: torch.Tensor) -> None:
         self._touched.setdefault(buffer.numel(), []).append(buffer)
+
+
+class InPlace(Landing):
+    """The joiner's own tensors, wherever they lie as the peer's do; fresh memory for the rest, such as the optimizer's.
+
+    Until the fetch has succeeded they hold neither the old state nor the new one: whoever uses this must make sure
+    that nobody trains with them, or serves them, before. The state that the fetch returns is made of them: where
+    `load_state_dict` copies into them, torch finds that there is nothing to copy.
+    """
+
+    def __init__(self, own: Mapping[str, object]) -> None:
+        super().__init__()
+        self._own = own
+
+    def regions(self, manifest: Manifest) -> list[torch.Tensor]:
+        layout = lay_out(self._own)
+        mine = dict(zip(_keys_of(layout.manifest), layout.sources, strict=True))
+        return [
+            self._region(mine.get(key), size)
+            for key, size in zip(_keys_of(manifest), manifest.region_bytes, strict=True)
+        ]
+
+    def _region(self, own: torch.Tensor | bytes | None, size: int) -> torch.Tensor:
+        is_fit = isinstance(own, torch.Tensor) and own.device.type == "cpu" and own.is_contiguous()
+        if not is_fit or size == 0:
+            return self.take(size)
+        assert isinstance(own, torch.Tensor)
+        return as_bytes(own) if own.nbytes == size else self.take(size)
+
+    def give_back(self, buffer: torch.Tensor) -> None:
+        """It may be a tensor's of this member: nobody else's."""
+
+
+def _keys_of(manifest: Manifest) -> list[RegionKey]:
+    """What lies in each region: equal for two manifests where their tensors lie alike."""
+    found: list[list[tuple[str, TensorNode]]] = [[] for _ in manifest.region_bytes]
+    for path, node in leaf_paths(manifest):
+        if isinstance(node, TensorNode):
+            placed = TensorNode(0, node.dtype, node.shape, node.strides, node.offset)
+            found[node.region].append((path, placed))
+    return [tuple(nodes) for nodes in found]

@@ -155,6 +155,33 @@ def build(manifest: Manifest, make_leaf: Callable[[Leaf], object]) -> dict[str, 
     return tree
 
 
+def leaf_paths(manifest: Manifest) -> Iterator[tuple[str, Leaf]]:
+    """Every leaf with its path, which no other leaf of a tree has."""
+    nodes = iter(manifest.nodes)
+    return _leaf_paths(next(nodes), nodes, "")
+
+
+def _leaf_paths(node: Node, nodes: Iterator[Node], path: str) -> Iterator[tuple[str, Leaf]]:
+    if not isinstance(node, Container):
+        yield path, node
+        return
+    names: list[str] = [repr(key) for key in node.keys] if isinstance(node, DictNode) else []
+    for index in range(children_of(node)):
+        name = names[index] if index < len(names) else f"#{index}"
+        yield from _leaf_paths(next(nodes), nodes, f"{path}/{name}")
+
+
+def have_same_layout(one: Manifest, other: Manifest) -> bool:
+    """The same tree and the same places in the payload; numbers and texts may differ."""
+    if one.region_bytes != other.region_bytes or one.chunk_bytes != other.chunk_bytes:
+        return False
+    placed = (*Container.__args__, TensorNode, ArrayNode)
+    return len(one.nodes) == len(other.nodes) and all(
+        mine == theirs if isinstance(mine, placed) else not isinstance(theirs, placed)
+        for mine, theirs in zip(one.nodes, other.nodes, strict=True)
+    )
+
+
 def _build(nodes: Iterator[Node], make_leaf: Callable[[Leaf], object]) -> object:
     node = next(nodes)
     if isinstance(node, ListNode):

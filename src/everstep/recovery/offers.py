@@ -32,11 +32,13 @@ class Offers:
             kept = {held.id for held in self._by_key.values()}
         return [old for old in gone if old.id not in kept]
 
-    def close(self) -> None:
+    def close(self) -> list[Snapshot]:
         with self._changed:
+            gone = list(self._by_key.values())
             self._by_key.clear()
             self._is_closed = True
             self._changed.notify_all()
+        return gone
 
     def wait_for(self, key: str, timeout_s: float) -> Snapshot | None:
         deadline = time.monotonic() + timeout_s

@@ -1,7 +1,7 @@
 """The donor's side of a transfer: serves offered snapshots over HTTP from threads of its own.
 
 A thread per connection, blocked in the kernel for most of its life: a slow or dead reader costs one idle thread and
-delays nobody. Nothing here ever touches a live tensor.
+delays nobody. What is lent (snapshot.py) is read in place, and vouched for only as long as it is not revoked.
 """
 
 import contextlib
@@ -23,7 +23,9 @@ from everstep.recovery.http import (
     NONCE_BYTES,
     Challenge,
     ChunksRequest,
+    DigestsRequest,
     ManifestRequest,
+    MemoryRequest,
     body_digest,
     challenge_field,
     parse_credential,
@@ -31,6 +33,7 @@ from everstep.recovery.http import (
     parse_target,
 )
 from everstep.recovery.offers import Offers
+from everstep.recovery.same_host import Readable
 from everstep.recovery.snapshot import DIGEST_BYTES, Snapshot
 from everstep.recovery.wire import Wire
 
@@ -41,6 +44,7 @@ _IDLE_S = 120.0
 _REFUSALS_MAX = 2  # of one connection: the first is the challenge
 _JOIN_S = 5.0
 _ACCEPT_RETRY_S = 0.05
+_DIGESTS_AT_ONCE = 8
 _REASONS = {200: "OK", 400: "Bad Request", 401: "Unauthorized", 404: "Not Found", 405: "Not GET", 410: "Gone"}
 
 
@@ -60,6 +64,7 @@ class RecoveryServer:
     def __init__(self, options: ServerOptions | None = None) -> None:
         self.options = options or ServerOptions()
         self.offers = Offers(self.options.offers_max)
+        self.readable = Readable()
         self._lock = threading.Lock()
         self._connections: list[_Connection] = []
         self._listener: socket.socket | None = None
@@ -96,13 +101,16 @@ class RecoveryServer:
         self._cut_readers(self.offers.add(key, snapshot))
 
     def withdraw(self, key: str) -> None:
-        """Stop serving it, also to those in the middle of it: its memory is free when this returns, or soon after."""
+        """Stop serving it, also to those in the middle of it: its memory is free when this returns, or soon after.
+
+        What was lent may change when this returns.
+        """
         self._cut_readers(self.offers.remove(key))
 
     def close(self) -> None:
         """Ends every thread and connection; may be called twice."""
         self._closing.set()
-        self.offers.close()
+        self._cut_readers(self.offers.close())
         if self._listener is not None:
             with contextlib.suppress(OSError):
                 self._listener.shutdown(socket.SHUT_RDWR)  # wakes accept()
@@ -163,6 +171,8 @@ class RecoveryServer:
                 self.forget(connection)
 
     def _cut_readers(self, gone: list[Snapshot]) -> None:
+        for snapshot in gone:
+            snapshot.revoke()
         ids = {snapshot.id for snapshot in gone}
         with self._lock:
             readers = [c for c in self._connections if c.serving in ids]
@@ -215,10 +225,10 @@ class _Connection:
             return False
         if isinstance(request, ManifestRequest):
             self._serve_manifest(challenge, request)
-        elif isinstance(request, ChunksRequest):
-            self._serve_chunks(challenge, request)
-        else:
+        elif request is None:
             self._answer(challenge, 400, b"no such resource")
+        else:
+            self._serve_snapshot(challenge, request)
         return True
 
     def _verified(self, credential: str, target: str) -> Challenge | None:
@@ -245,13 +255,17 @@ class _Connection:
         else:
             self._answer(challenge, 200, snapshot.manifest_bytes, snapshot.id)
 
-    def _serve_chunks(self, challenge: Challenge, request: ChunksRequest) -> None:
+    def _serve_snapshot(self, challenge: Challenge, request: ChunksRequest | DigestsRequest | MemoryRequest) -> None:
         self.serving = request.snapshot_id  # before it is looked up: a withdrawal in between cuts this connection
         snapshot = self._server.offers.by_id(request.snapshot_id)
         if snapshot is None:
             self._answer(challenge, 410, b"withdrawn")
+        elif isinstance(request, MemoryRequest):
+            self._show_memory(challenge, snapshot, request)
         elif not request.first < request.end <= snapshot.chunk_count:
             self._answer(challenge, 400, b"no such chunks")
+        elif isinstance(request, DigestsRequest):
+            self._send_digests(challenge, snapshot, request)
         else:
             self._send_chunks(challenge, snapshot, request)
         self.serving = ""
@@ -260,12 +274,33 @@ class _Connection:
         started_at = time.monotonic()
         size = snapshot.manifest.chunk_range(request.end - 1)[1] - snapshot.manifest.chunk_range(request.first)[0]
         self._send_head(challenge, 200, snapshot.id, size + DIGEST_BYTES * (request.end - request.first))
+        digest = b""  # of the chunk before
         for index in range(request.first, request.end):
-            # The digest first: hashing brings the chunk into the cache that the kernel copies it from.
-            digest = snapshot.digest(index)
-            self.wire.send(snapshot.chunk(index), digest)
+            for block in snapshot.hashed_blocks(index):
+                self.wire.send(digest, *block)
+                digest = b""
+            computed = snapshot.digest(index)
+            _check_lent(snapshot)
+            digest = computed
+        self.wire.send(digest)
         elapsed_s = time.monotonic() - started_at
         logger.info("recovery: sent %d bytes to %s in %.3f s", size, self._peer, elapsed_s)
+
+    def _show_memory(self, challenge: Challenge, snapshot: Snapshot, request: MemoryRequest) -> None:
+        if self.wire.is_local:
+            body = self._server.readable.show(snapshot.addresses, request.pid)
+            self._answer(challenge, 200, body, snapshot.id)
+        else:
+            self._answer(challenge, 404, b"this is another host")
+
+    def _send_digests(self, challenge: Challenge, snapshot: Snapshot, request: DigestsRequest) -> None:
+        """In small parts, so that the joiner can compare while the rest is computed."""
+        self._send_head(challenge, 200, snapshot.id, DIGEST_BYTES * (request.end - request.first))
+        for begin in range(request.first, request.end, _DIGESTS_AT_ONCE):
+            end = min(begin + _DIGESTS_AT_ONCE, request.end)
+            digests = [snapshot.digest(index) for index in range(begin, end)]
+            _check_lent(snapshot)
+            self.wire.send(b"".join(digests))
 
     def _answer(self, challenge: Challenge, status: int, body: bytes, snapshot_id: str = "") -> None:
         self._send_head(challenge, status, snapshot_id, len(body), body)
@@ -279,6 +314,12 @@ class _Connection:
         if self._auth is not None:
             lines.append(f"Everstep-Proof: {challenge.answer_mac(self._auth, status, snapshot_id, body).hex()}")
         self.wire.send("\r\n".join([*lines, "", ""]).encode(), body)
+
+
+def _check_lent(snapshot: Snapshot) -> None:
+    """After the last look at its memory, before its digest goes out."""
+    if snapshot.is_revoked:
+        raise ConnectionAbortedError("withdrawn in the middle")
 
 
 def _listen(host: str, port: int) -> socket.socket:

@@ -34,6 +34,11 @@ class Wire:
         self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._limit(socket.SO_SNDTIMEO, self._stall_timeout_s)
 
+    @property
+    def is_local(self) -> bool:
+        """Both ends have one address: the same host, or network namespace."""
+        return bool(self._socket.getsockname()[0] == self._socket.getpeername()[0])
+
     def fileno(self) -> int:
         return self._socket.fileno()
 

@@ -12,12 +12,14 @@ _LENGTH_BYTES = 2
 class RankClaim(msgspec.Struct, frozen=True, array_like=True):
     """A member's claim, of one rank of it: how many ranks the group has, and where this one serves its live state.
 
-    `recovery` is "" for rank 0: its address stands in the quorum.
+    `recovery` is "" for rank 0: its address stands in the quorum. `meets`: after a quorum with joiners has settled it
+    takes part in `ReconfigurableProcessGroup.meet`, once the joiners have their state; False from an older version.
     """
 
     claim: Claim
     group_size: int = 1
     recovery: str = ""
+    meets: bool = False
 
 
 _encode = msgspec.msgpack.Encoder().encode

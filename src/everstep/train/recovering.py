@@ -1,16 +1,17 @@
 """Live state of this member: what is registered, how it is offered to joiners, and how a joiner takes it over."""
 
+import contextlib
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Protocol
 
 from everstep.core.moves import Recover
 from everstep.core.recovery_plan import RecoveryPlan
-from everstep.core.types import Lineage, MemberId, Quorum, QuorumId
+from everstep.core.types import Lineage, Member, MemberId, Quorum, QuorumId
 from everstep.errors import ConfigError, RecoveryFailed, RemoteProtocolError
-from everstep.recovery import Fetch, FetchRequest, Snapshot
+from everstep.recovery import Fetch, FetchReport, FetchRequest, InPlace, Landing, Snapshot
 from everstep.train.presence import Presence
 
 
@@ -66,6 +67,7 @@ class Fetched:
     step: int
     source: MemberId
     fetch_ms: float
+    report: FetchReport
 
 
 class Recovery:
@@ -76,14 +78,18 @@ class Recovery:
         self._state = state
         self._offered: str | None = None
         self._fetched: Fetched | None = None
+        self._is_torn = False  # this member's own tensors hold neither the old state nor a new one
 
-    def offer(self, quorum: Quorum, plan: RecoveryPlan, rank: int) -> None:
-        """At a step boundary, when the plan makes this member a source: a snapshot for its receivers."""
+    def offer(self, quorum: Quorum, plan: RecoveryPlan, rank: int, *, is_lent: bool) -> None:
+        """At a step boundary, when the plan makes this member a source: a snapshot for its receivers.
+
+        `is_lent`: `await_joiners` follows, before anything changes; otherwise they get a copy.
+        """
         receivers = plan.receivers_of(rank)
         if not receivers:
             return
         started_at = time.monotonic()
-        snapshot = Snapshot.take(self._state.save())
+        snapshot = (Snapshot.lend if is_lent else Snapshot.take)(self._state.save())
         self._offered = _key(quorum.id, plan.lineage)
         assert self._presence.server is not None
         self._presence.server.offer(self._offered, snapshot)
@@ -96,6 +102,32 @@ class Recovery:
             (time.monotonic() - started_at) * 1e3,
         )
 
+    def await_joiners(self) -> None:
+        """Keep still until they have the state: what they read are the live tensors.
+
+        It costs no step any time: the step at hand cannot commit before they have it and contribute. Raises as a
+        collective does; then, too, nobody reads any more what may change from here on.
+        """
+        with self._presence.changed:
+            replica = self._presence.replica
+            replica.book(replica.next_move(), time.monotonic())
+        try:
+            self.meet()
+        finally:
+            self.withdraw()
+
+    def meet(self) -> None:
+        """Of donors and joiners. However long: who dies ends it, or the notice of his death, where it is heeded."""
+        self._presence.group.meet(is_patient=self._presence.replica.config.freezes_on_notice)
+
+    def check_whole(self) -> None:
+        """Raises RecoveryFailed where this member is said to hold the state, and its own is half overwritten."""
+        if self._is_torn:
+            raise RecoveryFailed(
+                "a new history was to begin with this process's weights, but a transfer of live state that did not end "
+                "has overwritten a part of them: start this replica group again"
+            )
+
     def withdraw(self) -> None:
         """The step has moved on: whoever needed the snapshot has it."""
         if self._offered is not None:
@@ -103,28 +135,66 @@ class Recovery:
             self._presence.server.withdraw(self._offered)
             self._offered = None
 
-    def fetch(self, move: Recover, source_url: str) -> None:
-        """Fetch from the source at this URL, verify, keep for `apply`.
+    def fetch(self, move: Recover, urls: Sequence[str]) -> None:
+        """Fetch from the donors (`urls`: every member's, by rank), verify, keep for `apply`.
 
         Raises StepInterrupted, RecoveryFailed or, for good, ConfigError.
         """
         source = move.quorum.members[move.source]
+        source_url = urls[move.source]
         started_at = time.monotonic()
+        own = self._state.save()
         request = FetchRequest(
             source_url=source_url,
+            other_urls=tuple(urls[rank] for rank in move.donors if rank != move.source),
             key=_key(move.quorum.id, move.lineage),
             deadline=math.inf,  # a failure of the source aborts it; a slow one is waited for
-            expected=self._state.save(),
+            expected=own,
             auth=self._presence.auth,
         )
+        self._presence.log.info(
+            "recovering step=%d from=%s", move.lineage.step, ",".join(str(m.id) for m in self._donors(move))
+        )
+        is_in_place = self._may_overwrite(move)
         try:
-            with self._presence.fetching(Fetch(request)) as fetch:
+            fetch = Fetch(request, self._show_progress, InPlace(own) if is_in_place else Landing())
+            with self._presence.fetching(fetch), self._shown():
+                self._is_torn |= is_in_place
                 state = fetch.run()
         except RemoteProtocolError as error:  # from something else at that address, or a broken peer: ask again
             raise RecoveryFailed(f"{source_url} sent what no source sends: {error}") from error
         self._state.check(state)
         fetch_ms = (time.monotonic() - started_at) * 1e3
-        self._fetched = Fetched(state=state, step=move.lineage.step, source=source.id, fetch_ms=fetch_ms)
+        self._fetched = Fetched(
+            state=state, step=move.lineage.step, source=source.id, fetch_ms=fetch_ms, report=fetch.report
+        )
+
+    def _donors(self, move: Recover) -> list[Member]:
+        return [move.quorum.members[rank] for rank in move.donors or (move.source,)]
+
+    def _may_overwrite(self, move: Recover) -> bool:
+        """The state may land in this process's own tensors, and be lost when the transfer fails.
+
+        Not where other ranks must apply theirs together with it; not over a state that was the job's once, which may
+        be the last one; not at the beginning of a history, when the founder's death makes founders of the others.
+        """
+        replica = self._presence.replica
+        is_first = move.lineage.step <= replica.config.start_step
+        return self._presence.group_size == 1 and replica.evictions == 0 and not is_first
+
+    @contextlib.contextmanager
+    def _shown(self) -> Iterator[None]:
+        """In the heartbeats, as the section that this member is in."""
+        replica = self._presence.replica
+        replica.open_section("state")
+        try:
+            yield
+        finally:
+            replica.close_section(time.monotonic())
+
+    def _show_progress(self, done: int, total: int) -> None:
+        """On a thread of the fetch."""
+        self._presence.replica.rename_section(f"state: {done / 1e6:.0f} of {total / 1e6:.0f} MB")
 
     def apply(self) -> None:
         """Put the state fetched last in place."""
@@ -132,12 +202,18 @@ class Recovery:
         assert fetched is not None
         started_at = time.monotonic()
         self._state.load(fetched.state)
+        self._is_torn = False
+        report = fetched.report
         self._presence.log.info(
-            "recovered step=%d from=%s fetch_ms=%.1f apply_ms=%.1f",
+            "recovered step=%d from=%s fetch_ms=%.1f apply_ms=%.1f bytes=%d donors=%d retries=%d digest_errors=%d",
             fetched.step,
             fetched.source,
             fetched.fetch_ms,
             (time.monotonic() - started_at) * 1e3,
+            report.total_bytes,
+            len(report.bytes_from) or 1,
+            report.retries,
+            report.digest_errors,
         )
 
 

@@ -80,6 +80,7 @@ class Stepper:
         self._said = ""  # what it was last said to wait for
         self._fetch_again_s = FETCH_AGAIN_S[0]
         self._sources: tuple[str, ...] = ()  # where each member's rank of this group rank serves its state
+        self._meets = False  # every member of the quorum: when the joiners have the state, before anybody goes on
 
     # ---- what the rest of train/ calls
 
@@ -233,6 +234,8 @@ class Stepper:
 
     def _settle(self, quorum: Quorum, claim: Claim) -> None:
         presence = self._presence
+        if claim.lineage is not None:
+            self._recovery.check_whole()
         with presence.changed:
             rank = presence.replica.rank
         if rank is None:
@@ -247,10 +250,11 @@ class Stepper:
             prefix=presence.rank_prefix,
         )
         group.configure(membership)
-        gathered = group.allgather(pack(RankClaim(claim, presence.group_size, presence.own_recovery)))
+        gathered = group.allgather(pack(RankClaim(claim, presence.group_size, presence.own_recovery, meets=True)))
         claims = tuple(map(unpack, gathered))
         _check_sizes(claims, rank)
         self._sources = tuple(c.recovery or m.recovery for c, m in zip(claims, quorum.members, strict=True))
+        self._meets = all(c.meets for c in claims)
         presence.feed(BarrierEnded(quorum.id, tuple(c.claim for c in claims)))
         with presence.changed:
             replica = presence.replica
@@ -262,13 +266,15 @@ class Stepper:
         if plan is not None:
             group.release_previous()
             presence.replica.open_section("snapshot")
-            self._recovery.offer(quorum, plan, rank)
+            self._recovery.offer(quorum, plan, rank, is_lent=self._meets)
             presence.replica.close_section(time.monotonic())
+            if self._meets and plan.source_of and rank not in plan.source_of:
+                self._recovery.await_joiners()
 
     def _fetch(self, move: Recover) -> None:
         quorum_id = move.quorum.id
         try:
-            self._recovery.fetch(move, self._sources[move.source])
+            self._recovery.fetch(move, self._sources)
         except StepInterrupted:
             return  # frozen: the machine has left this quorum already
         except RecoveryFailed as error:
@@ -279,6 +285,12 @@ class Stepper:
             self._fetch_again_s = min(2 * self._fetch_again_s, FETCH_AGAIN_S[1])
             return
         self._fetch_again_s = FETCH_AGAIN_S[0]
+        self._try(quorum_id, lambda: self._take_over(quorum_id))
+
+    def _take_over(self, quorum_id: QuorumId) -> None:
+        """The state is here, whole: let go of who lent it, and go on with it."""
+        if self._meets:
+            self._recovery.meet()
         if self._presence.group_size == 1:
             self._recovery.apply()
         self._presence.feed(StateRecovered(quorum_id))

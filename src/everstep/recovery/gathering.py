@@ -1,0 +1,391 @@
+"""The threads that fetch one state from all its sources at once, and what they share."""
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from everstep.errors import ConfigError, EverstepError, RecoveryFailed, RemoteProtocolError, StateMismatch
+from everstep.recovery.assembly import Assembly, plain_leaf
+from everstep.recovery.board import Board
+from everstep.recovery.fit import check_fit
+from everstep.recovery.landing import Landing
+from everstep.recovery.manifest import Manifest, build, have_same_layout
+from everstep.recovery.request import FetchRequest, Progress
+from everstep.recovery.same_host import PeerMemory
+from everstep.recovery.snapshot import digest_of
+from everstep.recovery.source import Damaged, SourceConnection
+
+logger = logging.getLogger("everstep.recovery")
+
+DAMAGED_MAX = 3  # chunks in a row from one source
+OFFER_GRACE_S = 1.0  # for a donor that is later than the others
+LOOK_S = 0.02  # how often one that has nothing to do looks for a slow one to help
+
+
+@dataclass
+class FetchReport:
+    """How it went so far; read it from any thread."""
+
+    total_bytes: int = 0
+    done_bytes: int = 0
+    digest_errors: int = 0  # chunks and manifests that arrived damaged, and were fetched again
+    differing: int = 0  # chunks that one source had otherwise than the one that counts
+    retries: int = 0  # connections that failed and were made again
+    bytes_from: dict[str, int] = field(default_factory=dict)
+    transport: dict[str, str] = field(default_factory=dict)  # "memory" where it was not HTTP
+    lost: dict[str, str] = field(default_factory=dict)  # sources, and why they serve no more
+
+
+@dataclass
+class _Source:
+    url: str
+    connection: SourceConnection | None = None
+    manifest: Manifest | None = None
+    snapshot_id: str = ""
+    is_lost: bool = False
+    damaged_in_a_row: int = 0
+
+
+class Gathering:
+    """`changed` guards everything; workers call in, one at a time, and move bytes outside of it."""
+
+    def __init__(self, request: FetchRequest, landing: Landing, on_progress: Progress | None) -> None:
+        self.request = request
+        self.report = FetchReport()
+        self.changed = threading.Condition(threading.RLock())
+        self.is_over = False
+        self.errors: list[EverstepError] = []
+        self.sources = [_Source(url) for url in request.urls]
+        self.assembly: Assembly | None = None
+        self._landing = landing
+        self._on_progress = on_progress
+        self._board: Board | None = None
+        self._pieces: list[list[memoryview]] = []
+        self._threads: list[threading.Thread] = []
+        self._notary: SourceConnection | None = None
+        self._lost_at = 0.0  # the latest source
+        self._appointed = 0  # how often a primary was
+
+    # ---- the thread of run
+
+    def start(self) -> None:
+        for number in range(len(self.sources)):
+            self._start(lambda number=number: Worker(self, number).run(), f"everstep-fetch-{number}")  # type: ignore[misc]
+
+    @property
+    def is_complete(self) -> bool:
+        return self._board is not None and self._board.is_complete
+
+    @property
+    def has_failed(self) -> bool:
+        """Nobody is left; once somebody had offered the state, those who have not are not waited for much longer."""
+        if any(isinstance(error, StateMismatch) for error in self.errors):
+            return True
+        left = [source for source in self.sources if not source.is_lost]
+        if self._board is None or any(source.manifest is not None for source in left):
+            return not left
+        return not left or time.monotonic() > self._lost_at + OFFER_GRACE_S
+
+    def end(self) -> None:
+        """No thread touches the landing's memory when it returns. `shut` came first, or everything is there."""
+        self.shut()
+        for thread in self._threads:
+            if thread is not threading.current_thread():
+                thread.join()
+
+    # ---- any thread
+
+    def shut(self) -> None:
+        with self.changed:
+            self.is_over = True
+            for connection in self._connections():
+                connection.shut()
+            self.changed.notify_all()
+
+    def list_fds(self) -> list[int]:
+        """Takes no lock."""
+        return [fd for connection in self._connections() for fd in connection.list_fds()]
+
+    def _connections(self) -> list[SourceConnection]:
+        found = [source.connection for source in self.sources]
+        return [connection for connection in (*found, self._notary) if connection is not None]
+
+    def _start(self, run: Callable[[], None], name: str) -> None:
+        thread = threading.Thread(target=run, name=name, daemon=True)
+        self._threads.append(thread)
+        thread.start()
+
+    # ---- workers
+
+    def connection_to(self, number: int) -> SourceConnection:
+        source = self.sources[number]
+        with self.changed:
+            source.connection = SourceConnection(self.request, source.url)
+            if self.is_over:
+                source.connection.shut()
+            return source.connection
+
+    def admit(self, number: int, manifest: Manifest, snapshot_id: str) -> None:
+        """It offers this. The first one is the primary."""
+        with self.changed:
+            source = self.sources[number]
+            is_new = source.snapshot_id != snapshot_id
+            source.manifest, source.snapshot_id = manifest, snapshot_id
+            if self._board is None:
+                self._begin(manifest)
+                self._appoint(number)
+            elif not self._is_like_ours(manifest):
+                raise RecoveryFailed(f"{source.url} offers a state of another layout")
+            elif is_new and number == self._board.primary:
+                self._appoint(number)
+
+    def _begin(self, manifest: Manifest) -> None:
+        request = self.request
+        if request.expected is not None:
+            check_fit(build(manifest, plain_leaf), request.expected, request.same_keys_under)
+        try:
+            self.assembly = Assembly(manifest, self._landing)
+        except (RuntimeError, MemoryError) as error:  # torch's allocator raises RuntimeError
+            raise RecoveryFailed(f"no memory for a state of {manifest.total_bytes} bytes: {error}") from error
+        self._pieces = list(self.assembly.chunks())
+        self._layout = manifest
+        self._board = Board(manifest.chunk_count, len(self.sources))
+        for number, source in enumerate(self.sources):
+            if source.is_lost:
+                self._board.lose(number)
+        self.report.total_bytes = manifest.total_bytes
+
+    def _is_like_ours(self, manifest: Manifest) -> bool:
+        return have_same_layout(manifest, self._layout)
+
+    def _appoint(self, number: int) -> None:
+        source = self.sources[number]
+        assert self._board is not None
+        assert self.assembly is not None
+        assert source.manifest is not None
+        self._board.appoint(number)
+        self.assembly.adopt(source.manifest)
+        self._appointed += 1
+        if self._notary is not None:
+            self._notary.shut()
+        if (len(self.sources) > 1 or self._board.has_landed) and not self._board.is_complete:
+            appointed, manifest, snapshot_id = self._appointed, source.manifest, source.snapshot_id
+            self._notary = SourceConnection(self.request, source.url)
+            notary = self._notary
+            self._start(lambda: self._notarize(notary, manifest, snapshot_id, appointed), "everstep-fetch-digests")
+        self.changed.notify_all()
+
+    def has_begun(self, number: int) -> bool:
+        """It has offered the state; if it does so no more, it has withdrawn it."""
+        return bool(self.sources[number].snapshot_id)
+
+    def next_run(self, number: int) -> tuple[range, Manifest, str] | None:
+        """Blocks until there is something to fetch; None when it is over, or this source is too slow to be of use."""
+        with self.changed:
+            source = self.sources[number]
+            assert self._board is not None
+            assert source.manifest is not None
+            while not self.is_over and not self._board.is_complete:
+                now = time.monotonic()
+                run = self._board.claim(number, now)
+                if run is not None:
+                    return run, source.manifest, source.snapshot_id
+                if self._board.is_slow(number):
+                    return None
+                victim = self._board.victim_of(number, now)
+                if victim is not None:
+                    self._rob(victim)
+                self.changed.wait(LOOK_S)
+            return None
+
+    def _rob(self, victim: int) -> None:
+        connection = self.sources[victim].connection
+        logger.info("recovery: %s is slow; others fetch what it was asked for", self.sources[victim].url)
+        if connection is not None:
+            connection.shut()  # its thread gives back what it had claimed, when it no longer writes there
+
+    def pieces_of(self, chunk: int) -> list[memoryview]:
+        return self._pieces[chunk]
+
+    def landed(self, number: int, chunk: int, sent: bytes, digest: bytes) -> None:
+        with self.changed:
+            source, now = self.sources[number], time.monotonic()
+            assert self._board is not None
+            if sent != digest:
+                self.report.digest_errors += 1
+                self._board.damaged(number, chunk, now)
+                source.damaged_in_a_row += 1
+                what = f"chunk {chunk} of {self._board.chunk_count} from {source.url} arrived damaged"
+                logger.warning("recovery: %s; fetching it again", what)
+                if source.damaged_in_a_row >= DAMAGED_MAX:
+                    raise RecoveryFailed(f"{what}, and so did those before it")
+            else:
+                source.damaged_in_a_row = 0
+                self._board.landed(number, chunk, digest, now)
+                size = sum(len(piece) for piece in self._pieces[chunk])
+                self.report.bytes_from[source.url] = self.report.bytes_from.get(source.url, 0) + size
+            self._tell()
+
+    def wait_until_needed(self, number: int) -> bool:
+        """False when it is over; a source that was robbed waits until nobody else is left."""
+        with self.changed:
+            while not self.is_over:
+                others = [s for n, s in enumerate(self.sources) if n != number and not s.is_lost]
+                if self._board is None or not self._board.is_slow(number) or not others:
+                    return True
+                self.changed.wait(LOOK_S)
+            return False
+
+    def ended(self, number: int) -> bool:
+        """Its connection failed; returns whether that was because it was robbed."""
+        with self.changed:
+            self.report.retries += 1
+            if self._board is None:
+                return False
+            self._board.give_back(number)
+            self.changed.notify_all()
+            return self._board.is_slow(number)
+
+    def lose(self, number: int, error: EverstepError) -> None:
+        with self.changed:
+            source = self.sources[number]
+            source.is_lost, self._lost_at = True, time.monotonic()
+            self.report.lost[source.url] = str(error)
+            self.errors.append(error)
+            if not self.is_over and len(self.sources) > 1:
+                logger.warning("recovery: %s serves no more: %s", source.url, error)
+            if self._board is not None:
+                self._board.lose(number)
+                if self._board.primary == number:
+                    self._succeed()
+            self.changed.notify_all()
+
+    def _succeed(self) -> None:
+        """Another source becomes the primary: what has landed stays, if it says the same."""
+        heirs = [n for n, s in enumerate(self.sources) if not s.is_lost and s.manifest is not None]
+        if heirs and not self.is_over:
+            self._appoint(heirs[0])
+
+    # ---- the primary's digests
+
+    def _notarize(self, notary: SourceConnection, manifest: Manifest, snapshot_id: str, appointed: int) -> None:
+        first = 0
+        try:
+            notary.connect()
+            notary.ask_for_digests(snapshot_id, range(manifest.chunk_count))
+            for digests in notary.digests(manifest.chunk_count):
+                with self.changed:
+                    if self._appointed != appointed or self._board is None or self.is_over:
+                        return
+                    self._board.learn(first, digests)
+                    self._tell()
+                first += len(digests)
+        except (OSError, EverstepError, RemoteProtocolError) as error:
+            with self.changed:
+                if self._appointed == appointed and self._board is not None and not self.is_over:
+                    logger.warning("recovery: no digests from %s: %s; it has to send all itself", notary.url, error)
+                    self._board.distrust()
+                    self._tell()
+        finally:
+            notary.close()
+
+    def _tell(self) -> None:
+        """Under the lock."""
+        board, report = self._board, self.report
+        assert board is not None
+        done = min(board.done * self._layout.chunk_bytes, self._layout.total_bytes)
+        report.differing = board.differing
+        is_news, report.done_bytes = done > report.done_bytes, done
+        if is_news and self._on_progress is not None:
+            self._on_progress(done, report.total_bytes)
+        if board.is_complete:  # who has nothing to do looks by himself; waking anybody for each chunk costs the rate
+            self.changed.notify_all()
+
+
+class Worker:
+    """Fetches from one source, on a thread of its own, over one connection after another."""
+
+    def __init__(self, gathering: Gathering, number: int) -> None:
+        self._gathering = gathering
+        self._number = number
+        self._failures = 0  # since something arrived
+        self._may_read_memory = gathering.request.may_read_memory
+
+    def run(self) -> None:
+        gathering, number = self._gathering, self._number
+        while gathering.wait_until_needed(number):
+            connection = gathering.connection_to(number)
+            try:
+                self._fetch_over(connection)
+            except (OSError, UnicodeError, Damaged) as error:  # UnicodeError: of a host name
+                connection.close()
+                was_robbed = gathering.ended(number)
+                self._failures += not was_robbed
+                is_silent = isinstance(error, TimeoutError) and not was_robbed
+                retry_after_s = gathering.request.retry_after_s
+                if is_silent or self._failures > len(retry_after_s):
+                    return self._give_up(connection, error)
+                self._pause(retry_after_s[self._failures - 1] if self._failures else 0.0)
+            except (EverstepError, RemoteProtocolError) as error:
+                gathering.ended(number)
+                connection.close()
+                return gathering.lose(number, error)  # type: ignore[arg-type]
+            finally:
+                connection.close()
+        return None
+
+    def _give_up(self, connection: SourceConnection, error: Exception) -> None:
+        failure = RecoveryFailed(f"fetching live state from {connection.url} failed: {error}")
+        failure.__cause__ = error
+        self._gathering.lose(self._number, failure)
+
+    def _fetch_over(self, connection: SourceConnection) -> None:
+        """Until it is over; raises when the connection is of no more use."""
+        gathering, number = self._gathering, self._number
+        connection.connect()
+        offered, its_id = connection.manifest(may_wait=not gathering.has_begun(number))
+        gathering.admit(number, offered, its_id)
+        memory = connection.memory(offered, its_id) if self._may_read_memory else None
+        while (todo := gathering.next_run(number)) is not None:
+            chunks, manifest, snapshot_id = todo
+            if memory is not None:
+                self._read(connection, memory, todo)
+                continue
+            connection.ask_for_chunks(manifest, snapshot_id, chunks)
+            for chunk in chunks:
+                pieces = gathering.pieces_of(chunk)
+                gathering.landed(number, chunk, *connection.receive(pieces))
+                self._failures = 0
+
+    def _read(self, connection: SourceConnection, memory: PeerMemory, todo: tuple[range, Manifest, str]) -> None:
+        """From the source's memory, while it computes the digests."""
+        chunks, manifest, snapshot_id = todo
+        connection.ask_for_digests(snapshot_id, chunks)
+        left = iter(chunks)
+        self._gathering.report.transport[connection.url] = "memory"
+        for digests in connection.digests(len(chunks)):
+            for sent, chunk in zip(digests, left, strict=False):
+                pieces = self._gathering.pieces_of(chunk)
+                try:
+                    memory.read(*manifest.chunk_range(chunk), pieces)
+                except PermissionError:
+                    self._may_read_memory = False
+                    raise
+                self._gathering.landed(self._number, chunk, sent, digest_of(pieces))
+                self._failures = 0
+
+    def _pause(self, seconds: float) -> None:
+        if seconds > 0:
+            with self._gathering.changed:
+                self._gathering.changed.wait_for(lambda: self._gathering.is_over, seconds)
+
+
+def worst_of(errors: list[EverstepError]) -> Exception:
+    """What to tell the caller, of why each source was lost."""
+    for kind in (StateMismatch, ConfigError, RemoteProtocolError):
+        for error in errors:
+            if isinstance(error, kind):
+                return error
+    return errors[0] if errors else RecoveryFailed("no source")

@@ -1,0 +1,140 @@
+"""Which chunk comes from whom: every chunk once, whatever breaks, is slow, or says something else."""
+
+import random
+
+import pytest
+
+from everstep.recovery.board import RUN_CHUNKS_MAX, Board
+
+TRUE, OTHER = b"true", b"othr"
+
+
+def test_one_source_is_asked_for_everything_at_once() -> None:
+    board = Board(100, 1)
+    board.appoint(0)
+    assert board.claim(0, 0.0) == range(100)
+    for chunk in range(100):
+        board.landed(0, chunk, TRUE, 1.0)
+    assert board.is_complete
+
+
+def test_a_chunk_of_another_source_counts_once_the_primary_says_the_same() -> None:
+    board = Board(2, 2)
+    board.appoint(0)
+    assert board.claim(1, 0.0) == range(1)
+    board.landed(1, 0, TRUE, 1.0)
+    done = [board.done]
+    board.learn(0, [TRUE, TRUE])
+    assert [*done, board.done] == [0, 1]
+    assert board.claim(1, 1.0) == range(1, 2)
+    board.landed(1, 1, OTHER, 2.0)
+    assert (board.done, board.differing) == (1, 1)
+    assert board.claim(1, 2.0) is None, "only the primary has it"
+    assert board.claim(0, 2.0) == range(1, 2)
+    board.landed(0, 1, TRUE, 3.0)
+    assert board.is_complete
+
+
+def test_what_a_lost_primary_sent_stays_if_its_heir_says_the_same() -> None:
+    board = Board(3, 2)
+    board.appoint(0)
+    assert board.claim(0, 0.0) == range(1)
+    board.landed(0, 0, TRUE, 1.0)
+    assert board.claim(0, 1.0) == range(1, 2)
+    board.lose(0)
+    board.appoint(1)
+    done = [board.done]
+    board.learn(0, [TRUE])
+    assert [*done, board.done] == [0, 1]
+    assert board.claim(1, 1.0) == range(1, 3)
+
+
+def test_what_a_slow_one_still_owes_goes_to_one_that_has_nothing_to_do() -> None:
+    board = Board(4, 2)
+    board.appoint(0)
+    assert board.claim(1, 0.0) == range(1)
+    now = 0.0
+    while (run := board.claim(0, now)) is not None:
+        now += 0.01
+        board.landed(0, run.start, TRUE, now)
+    assert board.victim_of(0, now) is None, "it is not slow yet"
+    assert board.victim_of(0, now + 1.0) == 1
+    board.give_back(1)
+    assert board.claim(1, now + 1.0) is None, "as long as there is a quicker one"
+    assert board.claim(0, now + 1.0) == range(1)
+    board.lose(0)
+    board.appoint(1)
+    assert board.claim(1, now + 1.0) == range(1)
+
+
+def test_nobody_is_robbed_of_what_only_he_has() -> None:
+    board = Board(2, 2)
+    board.appoint(0)
+    board.claim(1, 0.0)
+    board.landed(1, 0, OTHER, 0.1)
+    board.learn(0, [TRUE])
+    assert board.claim(0, 0.1) == range(1)
+    board.claim(1, 0.1)
+    board.landed(1, 1, TRUE, 0.2)
+    assert board.victim_of(1, 100.0) is None
+
+
+def test_without_the_primarys_digests_only_what_it_sends_itself_counts() -> None:
+    board = Board(2, 2)
+    board.appoint(0)
+    board.claim(1, 0.0)
+    board.landed(1, 0, TRUE, 0.1)
+    board.distrust()
+    assert board.claim(0, 0.2) == range(1)
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_whatever_happens_every_chunk_ends_as_the_primary_has_it_and_no_two_write_at_once(seed: int) -> None:
+    rng = random.Random(seed)
+    count, sources = rng.randrange(1, 60), rng.randrange(1, 5)
+    board = Board(count, sources)
+    truth = {
+        number: [TRUE if rng.random() < 0.9 else b"%d" % number for _ in range(count)] for number in range(sources)
+    }
+    live = list(range(sources))
+    owed: dict[int, list[int]] = {number: [] for number in live}
+    have: list[bytes] = [b""] * count
+    told, now = 0, 0.0
+    board.appoint(0)
+    for _ in range(20_000):
+        if board.is_complete:
+            break
+        now += rng.random() * 0.2
+        number = rng.choice(live)
+        if rng.random() < 0.02 and len(live) > 1:
+            live.remove(number)
+            owed[number] = []
+            board.lose(number)
+            if board.primary == number:
+                board.appoint(live[0])
+                told = 0
+        elif rng.random() < 0.3 and told < count:
+            assert board.primary is not None
+            board.learn(told, [truth[board.primary][told]])
+            told += 1
+        elif owed[number] and rng.random() < 0.05:
+            owed[number] = []
+            board.give_back(number)
+        elif owed[number]:
+            chunk = owed[number].pop(0)
+            if rng.random() < 0.05:
+                board.damaged(number, chunk, now)
+            else:
+                have[chunk] = truth[number][chunk]
+                board.landed(number, chunk, have[chunk], now)
+        elif (run := board.claim(number, now)) is not None:
+            assert len(run) <= RUN_CHUNKS_MAX or len(live) == 1
+            assert not set(run) & {chunk for chunks in owed.values() for chunk in chunks}
+            owed[number] = list(run)
+        elif (victim := board.victim_of(number, now)) is not None:
+            assert owed[victim]
+            owed[victim] = []
+            board.give_back(victim)
+    assert board.is_complete
+    assert board.primary is not None
+    assert have == truth[board.primary]
