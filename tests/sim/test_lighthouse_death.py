@@ -51,7 +51,7 @@ def test_a_lighthouse_that_lost_its_journal_founds_nothing_beside_those_that_tra
         assert "founded" not in [log.event for log in node.logs]
         assert world.processes["g9"].replica.lineage is None
         assert "no second history begins" in world.processes["g9"].replica.waiting_for
-        assert min(world.processes[f"g{i}"].replica.step for i in range(3)) > newest + 20
+        assert min(world.processes[f"g{i}"].replica.step for i in range(3)) > newest + 10
 
 
 def test_a_drain_that_the_operator_asked_for_outlives_the_lighthouse() -> None:

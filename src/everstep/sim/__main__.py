@@ -52,7 +52,7 @@ def main(argv: list[str] | None = None, *, replica_type: type[Replica] = Replica
     parser.add_argument("--seeds", help="FROM:TO, run each and say what failed", default="0:100")
     parser.add_argument("--groups", default="2:5", help="replica groups, or FROM:TO, drawn from the seed; default 2:5")
     parser.add_argument("--ranks", default="1", help="of a replica group, or FROM:TO; default 1")
-    parser.add_argument("--steps", type=int, default=12, help="length of the faulty part, and steps to go after it")
+    parser.add_argument("--steps", type=int, default=12, help="of the faulty part; half as many are to go after it")
     parser.add_argument("--jobs", type=int, default=1, help="processes that share the seeds")
     parser.add_argument("--trace", action="store_true", help="print every state change")
     parser.add_argument("--agents", action="store_true", help="an agent watches over each process, and fails, too")

@@ -203,8 +203,9 @@ class Climate:
     patience: float = 1.0  # scales the bound of I7
 
     def for_many_groups(self) -> "Climate":
-        """Where steps take long, heartbeats are nearly all that happens, and what a schedule costs grows with them."""
-        return dataclasses.replace(self, heartbeat_timeout_s=8.0) if self.name == "heavy" else self
+        """What a schedule costs grows with its heartbeats, which are nearly all that happens in these two."""
+        timeout_s = {"heavy": 20.0, "hasty": 0.16}.get(self.name, self.heartbeat_timeout_s)
+        return dataclasses.replace(self, heartbeat_timeout_s=timeout_s)
 
 
 CLIMATES = (

@@ -103,7 +103,7 @@ class Process(Party):
             if self._hangs_next:
                 self._hangs_next, self._is_hung = False, True
                 return
-            self._wait_for(("compute",), self._world.draw("compute"), computed)
+            self._wait_for(("compute",), self._world.compute_s(self.replica.step), computed)
             return
         value = (self.replica.lineage, self.replica.attempt, self._batch)
         self._issue(quorum, "reduce", value, lambda values: self._reduced(quorum, values))

@@ -223,7 +223,7 @@ class RankParty(Party):
         if self._hangs_next:
             self._hangs_next, self._is_hung = False, True
             return
-        self._wait_for(("compute",), self._world.draw("compute"), then)
+        self._wait_for(("compute",), self._world.compute_s(self.replica.step), then)
 
     def _append(self) -> None:
         """The script adds a reduction. It comes to the vote at once, or when the reductions so far are complete."""
