@@ -4,6 +4,14 @@ from typing import Any
 
 import pytest
 
+from everstep.config import ManagerSettings
+from everstep.core.messages import Sever
+from everstep.core.moves import ReplicaConfig
+from everstep.core.types import QuorumId
+from everstep.errors import RecoveryFailed, StepInterrupted
+from everstep.recovery import Fetch
+from everstep.train.presence import Presence
+from tests.recovery.wires import request_to
 from tests.train.job import Job, Running, assert_same_bits
 
 WIDTH = 1024
@@ -70,3 +78,14 @@ def test_a_member_with_another_transport_is_told_so_and_the_others_go_on() -> No
         job.stop(founders)
         assert_same_bits(founders)
         assert _no_step_was_lost(founders)
+
+
+def test_a_fetch_that_begins_when_its_quorum_is_severed_already_ends_at_once() -> None:
+    """Nobody would sever it again, and nobody has what it waits for."""
+    with Presence(ManagerSettings(), ReplicaConfig(replica_id="0", nonce="n"), None) as presence:
+        with presence.changed:
+            presence._perform([Sever(QuorumId(1, 5))])
+        for number, error in ((5, StepInterrupted), (6, RecoveryFailed)):
+            fetch = Fetch(request_to("http://127.0.0.1:1"))  # where nobody listens
+            with presence.fetching(fetch, QuorumId(1, number)), pytest.raises(error):
+                fetch.run()

@@ -83,6 +83,7 @@ class Presence:
         self._client: LinkClient[ToMember] | None = None
         self._store: HostedStore | None = None
         self._fetch: Fetching | None = None
+        self._severed: QuorumId | None = None  # the latest
         self._paths = PathWatch(self._long_wait, self._no_answer)
         self._error: Exception | None = None
         self.phases = Phases()
@@ -205,6 +206,7 @@ class Presence:
                     if self._client is not None:
                         self._client.send(message)
                 case Sever(up_to):
+                    self._severed = up_to
                     self.group.abort(up_to)
                     if self._fetch is not None:
                         self._fetch.abort()
@@ -264,10 +266,13 @@ class Presence:
         raise AssertionError(f"nobody to tell {message}")
 
     @contextlib.contextmanager
-    def fetching(self, fetch: Fetching) -> Iterator[Fetching]:
-        """Lets a freeze abort `fetch` while the block runs."""
+    def fetching(self, fetch: Fetching, quorum_id: QuorumId) -> Iterator[Fetching]:
+        """Lets a freeze abort `fetch` while the block runs; one that came before it does, too."""
         with self.changed:
+            self.check()
             self._fetch = fetch
+            if self._severed is not None and quorum_id <= self._severed:
+                fetch.abort()
         try:
             yield fetch
         finally:

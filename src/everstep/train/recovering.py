@@ -151,7 +151,7 @@ class Recovery:
         arrival = Arrival(own, InPlace(own) if is_in_place else Landing(), self._show_progress)
         fetch = self._presence.transport.fetch(transfer, arrival)
         try:
-            with self._presence.fetching(fetch), self._shown():
+            with self._presence.fetching(fetch, move.quorum.id), self._shown():
                 self._is_torn |= is_in_place
                 state = fetch.run()
         except RemoteProtocolError as error:  # from something else at that address, or a broken peer: ask again
