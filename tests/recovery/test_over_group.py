@@ -1,12 +1,14 @@
 """Live state over a process group: members in threads of one process, each with a transport, and real Gloo between."""
 
 import contextlib
+import struct
 import threading
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
+import xxhash
 
 from everstep.collectives.store import host_store
 from everstep.core.types import QuorumId
@@ -23,8 +25,11 @@ from everstep.recovery import (
     Transfer,
     TransferAuth,
 )
+from everstep.recovery.conversation import FRAME_BYTES, Offered, Said, WantChunk, pack, unpack
+from everstep.recovery.peers import BULK, TALK
 from everstep.train.transports import transport_for
 from tests.recovery.trees import assert_same
+from tests.recovery.wire_faults import Strike, StruckTransport
 from tests.recovery.wires import AUTH, Running, state_of
 from tests.support.waiting import wait_until
 
@@ -38,7 +43,7 @@ class Party:
     """A joiner (rank 0) and donors, each with a transport of its own."""
 
     def __init__(self, store: str, donors: int, tokens: list[TransferAuth | None]) -> None:
-        self.transports = [_opened(auth) for auth in tokens]
+        self.transports = [opened(transport_for("process_group"), auth) for auth in tokens]
         self._donors = tuple(Peer(rank=rank, name=f"{rank}#1") for rank in range(1, donors + 1))
         self._store = store
 
@@ -53,8 +58,7 @@ class Party:
         return self.transports[0].fetch(self.transfer(0), Arrival(own, landing or Landing(), **more))
 
 
-def _opened(auth: TransferAuth | None) -> RecoveryTransport:
-    transport = transport_for("process_group")
+def opened(transport: RecoveryTransport, auth: TransferAuth | None = None) -> RecoveryTransport:
     assert transport.open(Place(host="127.0.0.1", auth=auth, timeout_s=20.0)) == ""
     return transport
 
@@ -167,6 +171,80 @@ def test_a_donor_that_withdraws_in_the_middle_fails_the_fetch_and_is_free_at_onc
 
         with pytest.raises(RecoveryFailed, match="1#1"):
             them.fetch(own, InPlace(own), on_progress=withdraw).run()
+
+
+# ---- damage and liars
+
+
+def striking(them: Party, strike: Strike) -> None:
+    """The first donor's messages pass through `strike` from here on."""
+    them.transports[1] = opened(StruckTransport(strike))
+
+
+def _flipped(tensor: torch.Tensor) -> torch.Tensor:
+    damaged = tensor.clone()
+    damaged[len(damaged) // 2] ^= 1
+    return damaged
+
+
+@pytest.mark.parametrize("lane", [TALK, BULK], ids=["digest", "chunk"])
+def test_a_flipped_bit_is_counted_and_the_chunk_sent_again(lane: int) -> None:
+    state, first_chunk = state_of(1), {TALK: 4, BULK: 2}[lane]
+    with party(None) as them:
+        striking(them, lambda n, of, tensor: _flipped(tensor) if (n, of) == (first_chunk, lane) else tensor)
+        them.offer(1, Snapshot.lend(state, CHUNK_BYTES))
+        fetch = them.fetch(state_of(1))
+        assert_same(fetch.run(), state)
+    assert fetch.report.digest_errors == 1
+
+
+def test_a_donor_that_sends_damage_alone_is_given_up_and_nothing_is_loaded() -> None:
+    with party(None) as them:
+        striking(them, lambda n, lane, tensor: _flipped(tensor) if lane == BULK and n > 1 else tensor)
+        them.offer(1, Snapshot.lend(state_of(1), CHUNK_BYTES))
+        fetch = them.fetch(state_of(1))
+        with pytest.raises(RecoveryFailed, match="and so did those before it"):
+            fetch.run()
+    assert fetch.report.digest_errors == 3
+
+
+def test_a_damaged_manifest_fails_the_fetch() -> None:
+    with party(None) as them:
+        striking(them, lambda n, lane, tensor: _flipped(tensor) if (n, lane) == (1, BULK) else tensor)
+        them.offer(1, Snapshot.lend(state_of(1), CHUNK_BYTES))
+        with pytest.raises(RecoveryFailed, match="arrived damaged"):
+            them.fetch(state_of(1)).run()
+
+
+LIES: dict[str, Said] = {
+    "too large": Offered("0" * 16, 1 << 40, b"", b""),
+    "negative": Offered("0" * 16, -1, b"", b""),
+    "without a name": Offered("", 10, b"", b""),
+    "something else": WantChunk(0),
+}
+
+
+@pytest.mark.parametrize("lie", LIES)
+def test_an_offer_that_no_donor_makes_is_refused_before_memory_is_taken_for_it(lie: str) -> None:
+    with party(None) as them:
+        striking(them, lambda n, lane, tensor: pack(LIES[lie]) if (n, lane) == (2, TALK) else tensor)
+        them.offer(1, Snapshot.lend(state_of(1), CHUNK_BYTES))
+        with pytest.raises(RemoteProtocolError):
+            them.fetch(state_of(1)).run()
+
+
+def test_a_damaged_or_illegible_frame_is_refused() -> None:
+    for position in range(FRAME_BYTES):
+        frame = pack(WantChunk(1))
+        frame[position] ^= 1
+        with contextlib.suppress(RemoteProtocolError):
+            assert unpack(frame) == WantChunk(1)  # the damage is beyond its end
+    content = b"\xc1 is no MessagePack"
+    frame = torch.zeros(FRAME_BYTES, dtype=torch.uint8)
+    head = struct.pack("<H8s", len(content), xxhash.xxh3_64_digest(content))
+    frame[: len(head) + len(content)] = torch.frombuffer(bytearray(head + content), dtype=torch.uint8)
+    with pytest.raises(RemoteProtocolError, match="illegible"):
+        unpack(frame)
 
 
 def test_without_a_token_groups_open_on_this_host_alone() -> None:

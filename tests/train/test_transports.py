@@ -1,8 +1,12 @@
 """Recovery transports in jobs of real processes: over a process group, over one of the script's own, never over two."""
 
+import os
+import signal
+import threading
 from typing import Any
 
 import pytest
+import torch
 
 from everstep.config import ManagerSettings
 from everstep.core.messages import Sever
@@ -10,12 +14,14 @@ from everstep.core.moves import ReplicaConfig
 from everstep.core.types import QuorumId
 from everstep.errors import RecoveryFailed, StepInterrupted
 from everstep.recovery import Fetch
+from everstep.recovery.peers import BULK, TALK
 from everstep.train.presence import Presence
+from tests.recovery.wire_faults import Strike, StruckTransport
 from tests.recovery.wires import request_to
 from tests.train.job import Job, Running, assert_same_bits
 
-WIDTH = 1024
-OVER_GROUP = {"width": WIDTH, "options": {"recovery_transport": "process_group"}}
+OVER_GROUP = {"width": 1024, "options": {"recovery_transport": "process_group"}}
+WIDTH_OF_CHUNKS = 200_000  # a state of several
 
 
 def _until_joined(job: Job, members: list[Running], participants: int) -> None:
@@ -33,6 +39,7 @@ def _no_step_was_lost(survivors: list[Running]) -> bool:
     return all(report["committed"] for member in survivors for report in member.steps)
 
 
+@pytest.mark.soak
 def test_two_joiners_take_the_state_over_process_groups_from_all_donors_at_once() -> None:
     with Job(2) as job:
         job.start_all(dict.fromkeys(range(2), OVER_GROUP))
@@ -50,19 +57,68 @@ def test_two_joiners_take_the_state_over_process_groups_from_all_donors_at_once(
             assert "donors=2" in line or "donors=1" in line
 
 
+def _end_at_the_second_bulk_message(number: int, lane: int, tensor: torch.Tensor) -> torch.Tensor:
+    """The first is the manifest."""
+    if (number, lane) == (2, BULK):
+        os.kill(os.getpid(), signal.SIGKILL)
+    return tensor
+
+
+def _hold_the_second_bulk_message(number: int, lane: int, tensor: torch.Tensor) -> torch.Tensor:
+    """So that every other donor has something to send."""
+    if (number, lane) == (2, BULK):
+        threading.Event().wait(0.5)
+    return tensor
+
+
+def _over(strike: Strike) -> dict[str, Any]:
+    return {"width": WIDTH_OF_CHUNKS, "options": {"recovery_transport": StruckTransport(strike)}}
+
+
 @pytest.mark.soak
-def test_a_donor_that_is_killed_while_it_sends_costs_the_joiner_a_new_try_and_nobody_else_anything() -> None:
+@pytest.mark.parametrize("victims", [1, 2])
+def test_donors_that_die_in_the_middle_of_the_state_cost_the_joiner_a_new_try_and_nobody_else_anything(
+    victims: int,
+) -> None:
     with Job(3) as job:
-        dying: dict[str, Any] = {**OVER_GROUP, "die_in": "meet", "at_configure": 2}
-        job.start_all({0: dying, 1: OVER_GROUP, 2: OVER_GROUP})
-        victim, *survivors = job.running.values()
-        job.until_steps(survivors, 3)
-        joiner = job.start(3, seed=3, **OVER_GROUP)
-        job.until_gone(victim)
-        _until_joined(job, [*survivors, joiner], 3)
-        job.stop([*survivors, joiner])
-        assert_same_bits([*survivors, joiner])
-        assert _no_step_was_lost(survivors)
+        # Group 0 is the founder: nobody else sends anything before there is a joiner.
+        dying = {group: _over(_end_at_the_second_bulk_message) for group in range(3 - victims, 3)}
+        job.start_all({group: _over(_hold_the_second_bulk_message) for group in range(3 - victims)} | dying)
+        founders = list(job.running.values())
+        job.until_steps(founders, 3)
+        joiner = job.start(3, seed=3, **OVER_GROUP | {"width": WIDTH_OF_CHUNKS})
+        for group in dying:
+            job.until_gone(job.running[group])
+        survivors = [member for member in job.running.values() if member.plan.group not in dying]
+        _until_joined(job, survivors, 4 - victims)
+        job.stop(survivors)
+        assert_same_bits(survivors)
+        assert _no_step_was_lost([member for member in survivors if member is not joiner])
+        begun = [line for line in joiner.logs if line.startswith("recovering step=")]
+        assert len(begun) >= 2
+        assert len(_recoveries(joiner)) == 1
+
+
+def _end_at_the_third_request(number: int, lane: int, tensor: torch.Tensor) -> torch.Tensor:
+    """The joiner's first frame to each donor is its proof."""
+    if (number, lane) == (4, TALK):
+        os.kill(os.getpid(), signal.SIGKILL)
+    return tensor
+
+
+@pytest.mark.soak
+def test_a_joiner_that_dies_in_the_middle_of_the_state_costs_nobody_a_step_and_comes_back() -> None:
+    wide = OVER_GROUP | {"width": WIDTH_OF_CHUNKS}
+    with Job(1) as job:
+        job.start_all({0: wide})
+        (donor,) = job.running.values()
+        job.until_steps([donor], 3)
+        job.until_gone(job.start(1, seed=1, **_over(_end_at_the_third_request)))
+        returned = job.start(1, seed=2, **wide)
+        _until_joined(job, [donor, returned], 2)
+        job.stop([donor, returned])
+        assert_same_bits([donor, returned])
+        assert _no_step_was_lost([donor])
 
 
 @pytest.mark.soak

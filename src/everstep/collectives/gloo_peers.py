@@ -1,9 +1,10 @@
 """Sends and receives between two members, on a Gloo group of their own: for bulk that must not block training's group.
 
 Gloo starts a send or a receive at once, on its own thread. What it offers is a wait that blocks until the end or a
-timeout, and on a timeout it closes every connection; so each link has a thread that waits, in the order of the posts.
-When a connection ends in the middle of a message Gloo forgets to wake who waits for that message (see gloo_work.py):
-that thread then sleeps until the timeout, without touching anything, and nobody waits for it.
+timeout, and a timeout closes every connection; so for receives on lane TALK each link has a thread that waits, in the
+order of the posts. When a connection ends, Gloo wakes whoever waits for a message that has not begun to arrive, and
+forgets those in the middle of one, coming or going (see gloo_work.py): they would sleep until the timeout. So nobody
+waits for what is large: a small message that was sent after it says that it is there.
 """
 
 import queue
@@ -23,7 +24,8 @@ from everstep.collectives.rebuilt import await_build, build_aside
 from everstep.collectives.sockets import is_open
 
 HELPER_NAME = "everstep-peers"
-LANES = 2  # of a link: messages of one never wait for those of the other
+LANES = 2  # of a link: the order of messages on one says nothing of those on the other
+TALK = 0  # the lane of what is small
 _LOOK_S = 0.005
 _SETTLE_LOOK_S = 0.001
 _JOIN_S = 1.0
@@ -32,71 +34,93 @@ Start = Callable[[torch_private.TorchGloo, Tensor, int, int], torch_private.Torc
 
 
 class PeerMessage:
-    """One message on its way; a Work (process_group.py). `patience_s` counts from when those before it have ended."""
+    """One message on its way. It is kept, with its tensor, until it is known to have ended or the group is closed."""
 
-    def __init__(self, group: "_PeerGroup", patience_s: float) -> None:
-        self._group = group
+    def __init__(self, link: "PeerLink", work: torch_private.TorchWork, patience_s: float) -> None:
+        self.is_watched = False  # its link's thread waits for it
+        self._link = link
+        self._work: torch_private.TorchWork | None = work
         self._patience = timedelta(seconds=patience_s)
         self._ended = threading.Event()
         self._error = ""
 
     def wait(self, is_over: Callable[[], bool] = lambda: False) -> None:
-        """Raises ConnectionAbortedError when `is_over`, which leaves the message on its way."""
+        """Raises StepInterrupted, PeerLost; ConnectionAbortedError as soon as `is_over`, and leaves it on its way.
+
+        But for receives on lane TALK only for what the peer has shown to have ended: by a message that followed it.
+        """
+        group = self._link.group
+        if not self.is_watched and not group.is_severed:
+            self.run()
         while not self._ended.wait(_LOOK_S):
-            self._group.watch()
-            if self._group.is_severed:
-                raise self._group.failure()
+            group.watch()
+            if group.is_severed:
+                raise group.failure()
             if is_over():
                 raise ConnectionAbortedError("no longer wanted")
         if self._error:
-            raise self._group.lost_by(self._error)
+            raise group.lost_by(self._error)
 
     def is_completed(self) -> bool:
+        """Of a receive on lane TALK."""
         return self._ended.is_set()
 
-    def run(self, work: torch_private.TorchWork) -> None:
-        """On the link's thread."""
+    def run(self) -> None:
+        work, self._work = self._work, None
         try:
-            work.wait(self._patience)
+            if work is not None:
+                work.wait(self._patience)
         except RuntimeError as error:
             self._error = str(error)
+        self._link.forget(self)
         self._ended.set()
 
 
 class PeerLink:
-    """To one peer. One thread at a time posts; messages of one lane arrive in order, and must be of equal size."""
+    """To one peer. One thread at a time posts; messages of one lane arrive in order, and must be of equal size.
+
+    `patience_s` is for a message that is waited for, from when those before it have ended.
+    """
 
     def __init__(self, group: "_PeerGroup", peer: int, number: int) -> None:
-        self._group = group
+        self.group = group
         self._peer = peer
         self._first_tag = number * LANES
-        self._posted: queue.SimpleQueue[tuple[PeerMessage, torch_private.TorchWork] | None] = queue.SimpleQueue()
+        self._kept: set[PeerMessage] = set()
+        self._posted: queue.SimpleQueue[PeerMessage | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._wait_for_each, name=HELPER_NAME, daemon=True)
         self._thread.start()
 
     def send(self, tensor: Tensor, lane: int, patience_s: float) -> PeerMessage:
-        """`tensor` (CPU, contiguous) may change when it has completed. Raises StepInterrupted, PeerLost."""
+        """`tensor` (CPU, contiguous) is sent as it is then, or later. Raises StepInterrupted, PeerLost."""
         return self._post(torch_private.send_to, tensor, lane, patience_s)
 
     def receive(self, tensor: Tensor, lane: int, patience_s: float) -> PeerMessage:
         """Into `tensor` (CPU, contiguous), whose size is the message's. Raises StepInterrupted, PeerLost."""
-        return self._post(torch_private.receive_from, tensor, lane, patience_s)
+        message = self._post(torch_private.receive_from, tensor, lane, patience_s)
+        if lane == TALK:
+            message.is_watched = True
+            self._posted.put(message)
+        return message
 
-    def end(self) -> threading.Thread:
+    def forget(self, message: PeerMessage) -> None:
+        self._kept.discard(message)
+
+    def end(self, deadline: float) -> None:
+        """When its group has been taken down. A thread that Gloo does not wake ends by itself, later."""
         self._posted.put(None)
-        return self._thread
+        self._thread.join(max(0.0, deadline - time.monotonic()))
+        self._kept.clear()
 
     def _post(self, start: Start, tensor: Tensor, lane: int, patience_s: float) -> PeerMessage:
-        message = PeerMessage(self._group, patience_s)
-        work = self._group.start(start, tensor, self._peer, self._first_tag + lane)
-        self._posted.put((message, work))
+        message = PeerMessage(self, self.group.start(start, tensor, self._peer, self._first_tag + lane), patience_s)
+        self._kept.add(message)
         return message
 
     def _wait_for_each(self) -> None:
-        while (posted := self._posted.get()) is not None:
-            message, work = posted
-            message.run(work)
-            del message, work, posted  # torch's Work holds on to the tensor, and to the group's sockets
+        while (message := self._posted.get()) is not None:
+            message.run()
+            del message
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,17 +171,18 @@ class GlooPeers:
         return self._group.settle(time.monotonic() + timeout_s)
 
     def close(self) -> None:
-        """Sever it, and free its threads and descriptors; takes some 20 ms, or 100 where peers are still sending."""
-        self._group.condemn()
+        """Sever it, and free its threads and descriptors; takes some 120 ms."""
+        self.abort()
         with self._lock:
-            threads = [link.end() for link in self._links.values()]
+            links = list(self._links.values())
         if self._helper is not None:
             await_build(self._group)
+            self._helper.join(_JOIN_S)  # it may be taking the group down itself
             self._group.take_down()
-            threads.append(self._helper)
         deadline = time.monotonic() + _JOIN_S
-        for thread in threads:  # one that Gloo has forgotten to wake ends by itself, later
-            thread.join(max(0.0, deadline - time.monotonic()))
+        self._group.settle(deadline)
+        for link in links:
+            link.end(deadline)
         if self._lift_guard is not None:
             self._lift_guard()
 

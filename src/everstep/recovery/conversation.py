@@ -1,15 +1,23 @@
 """What donor and joiner say to each other over a link, and into which messages a chunk is cut.
 
-donor    Nonce
-joiner   Proof       HMAC over both nonces: it knows the job token
-donor    Offered     HMAC over both nonces and the manifest; on the other lane the manifest
-joiner   WantChunks  donor: each chunk on the other lane, its xxh3_64 on this one, in order
-joiner   WantDigests donor: each chunk's xxh3_64, DIGESTS_AT_ONCE at a time
-...
+On the first link of the two:
+
+    donor    Nonce
+    joiner   Proof       HMAC over both nonces: it knows the job token
+    donor    Offered     HMAC over both nonces and the manifest
+    donor    the manifest, on lane BULK, then Sent
+    joiner   WantChunk   of which WINDOW may be unanswered
+    donor    a chunk on lane BULK, then its xxh3_64
+
+On the other, if there are several donors, for digests alone:
+
+    joiner   WantDigests
+    donor    each chunk's xxh3_64, DIGESTS_AT_ONCE at a time
 """
 
 import bisect
 import hashlib
+import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
@@ -17,6 +25,7 @@ from typing import TypeVar
 
 import msgspec
 import torch
+import xxhash
 from torch import Tensor
 
 from everstep.errors import RemoteProtocolError
@@ -26,8 +35,9 @@ from everstep.recovery.manifest import Manifest
 FRAME_BYTES = 256
 NONCE_BYTES = 16
 DIGESTS_AT_ONCE = 8
-DIRECT_BYTES = 64 << 10  # a message costs some 0.1 ms, whatever its size: what is smaller travels with its neighbours
-_LENGTH_BYTES = 2
+WINDOW = 3
+DIRECT_BYTES = 256 << 10  # a message costs some 0.1 ms, whatever its size: what is smaller travels with its neighbours
+_HEAD = struct.Struct("<H8s")  # length and xxh3_64 of the content
 
 
 class Nonce(msgspec.Struct, frozen=True, array_like=True, tag="nonce"):
@@ -48,13 +58,18 @@ class Offered(msgspec.Struct, frozen=True, array_like=True, tag="offered"):
     mac: bytes
 
 
+class Sent(msgspec.Struct, frozen=True, array_like=True, tag="sent"):
+    """The manifest is on its way: it is there when this is."""
+
+
 class Refused(msgspec.Struct, frozen=True, array_like=True, tag="refused"):
     """The joiner does not know the job token."""
 
 
-class WantChunks(msgspec.Struct, frozen=True, array_like=True, tag="chunks"):
-    first: int
-    end: int
+class WantChunk(msgspec.Struct, frozen=True, array_like=True, tag="chunk"):
+    """The one that was asked for WINDOW requests before it has arrived."""
+
+    index: int
 
 
 class WantDigests(msgspec.Struct, frozen=True, array_like=True, tag="digests"):
@@ -62,7 +77,7 @@ class WantDigests(msgspec.Struct, frozen=True, array_like=True, tag="digests"):
     end: int
 
 
-Said = Nonce | Proof | Offered | Refused | WantChunks | WantDigests
+Said = Nonce | Proof | Offered | Sent | Refused | WantChunk | WantDigests
 SaidT = TypeVar("SaidT")
 
 _encode = msgspec.msgpack.Encoder().encode
@@ -71,16 +86,20 @@ _decoder: msgspec.msgpack.Decoder[Said] = msgspec.msgpack.Decoder(Said)
 
 def pack(said: Said) -> Tensor:
     content = _encode(said)
-    assert len(content) <= FRAME_BYTES - _LENGTH_BYTES
-    frame = len(content).to_bytes(_LENGTH_BYTES, "little") + content.ljust(FRAME_BYTES - _LENGTH_BYTES, b"\0")
-    return torch.frombuffer(bytearray(frame), dtype=torch.uint8)
+    assert len(content) <= FRAME_BYTES - _HEAD.size
+    head = _HEAD.pack(len(content), xxhash.xxh3_64_digest(content))
+    return torch.frombuffer(bytearray((head + content).ljust(FRAME_BYTES, b"\0")), dtype=torch.uint8)
 
 
 def unpack(frame: Tensor) -> Said:
-    content = bytes(frame.tolist())
-    length = int.from_bytes(content[:_LENGTH_BYTES], "little")
+    """Raises RemoteProtocolError for what is damaged: a request for another chunk would be answered with that one."""
+    received = bytes(frame.tolist())
+    length, digest = _HEAD.unpack_from(received)
+    content = received[_HEAD.size : _HEAD.size + length]
+    if xxhash.xxh3_64_digest(content) != digest:
+        raise RemoteProtocolError("a frame that has arrived damaged")
     try:
-        return _decoder.decode(content[_LENGTH_BYTES : _LENGTH_BYTES + length])
+        return _decoder.decode(content)
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise RemoteProtocolError(f"an illegible frame: {error}") from error
 

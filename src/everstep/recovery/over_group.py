@@ -4,7 +4,7 @@ import math
 import threading
 from collections.abc import Callable, Sequence
 
-from everstep.errors import LocalProtocolError, PeerLost, RecoveryFailed, StepInterrupted
+from everstep.errors import LocalProtocolError, RecoveryFailed, StepInterrupted
 from everstep.recovery.arrival import Arrival
 from everstep.recovery.auth import TransferAuth
 from everstep.recovery.client import Fetch
@@ -97,9 +97,9 @@ class GroupFetch:
     def __init__(self, peers: Peers, transfer: Transfer, arrival: Arrival, transport: GroupTransport) -> None:
         self._peers = peers
         self._transport = transport
-        self._names = {donor.name: number for number, donor in enumerate(transfer.donors, 1)}
+        self._members = tuple(peer.name for peer in (transfer.joiner, *transfer.donors))
         self._is_aborted = False
-        first, *others = self._names
+        _, first, *others = self._members
         self._request = FetchRequest(
             source_url=first,
             other_urls=tuple(others),
@@ -134,19 +134,17 @@ class GroupFetch:
     def _connect(self) -> None:
         try:
             self._peers.connect()
-        except PeerLost as error:
-            raise RecoveryFailed(f"no group with {', '.join(self._names)}: {error}") from error
-        except StepInterrupted:
-            if not self._is_aborted:
-                raise RecoveryFailed(f"no group with {', '.join(self._names)}") from None
-            raise
-        for name in self._names:
+        except StepInterrupted as error:
+            if self._is_aborted:
+                raise
+            raise RecoveryFailed(f"no group with {', '.join(self._members[1:])}: {error}") from error
+        for name in self._members[1:]:
             self.report.transport[name] = GroupTransport.name
 
     def _dial(self, wanted: Wanted) -> Connection:
         taken = Taken(
-            url=wanted.url,
-            donor=self._names[wanted.url],
+            members=self._members,
+            donor=self._members.index(wanted.url),
             key=self._request.key,
             auth=self._request.auth,
             limits=self._request.limits,

@@ -5,18 +5,28 @@ from typing import Protocol
 
 from torch import Tensor
 
-TALK, BULK = 0, 1  # the lanes of a link
+TALK, BULK = 0, 1  # the lanes of a link: what is small, and what is large
 
 
 class Message(Protocol):
-    """On its way; its tensor belongs to it until `wait` has returned."""
+    """On its way; its tensor belongs to it until `wait` has returned, or the group is closed."""
 
     def wait(self, is_over: Callable[[], bool] = ..., /) -> None:
-        """Raises StepInterrupted, PeerLost; ConnectionAbortedError as soon as `is_over`, and leaves it on its way."""
+        """Raises StepInterrupted, PeerLost; ConnectionAbortedError as soon as `is_over`, and leaves it on its way.
+
+        But for receives on lane TALK only for what the peer has shown to have ended, by a message that followed it:
+        Gloo cannot be relied upon to wake who waits for a large message when the connection ends in the middle of it.
+        """
+
+    def is_completed(self) -> bool:
+        """Of a receive on lane TALK."""
 
 
 class Link(Protocol):
-    """To one peer, for one thread. Messages of one lane arrive in order; the receiver knows each one's size."""
+    """To one peer, for one thread. The receiver knows each message's size.
+
+    Messages arrive in the order in which they were posted, at both ends, whatever their lanes.
+    """
 
     def send(self, tensor: Tensor, lane: int, patience_s: float, /) -> Message: ...
 

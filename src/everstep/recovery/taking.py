@@ -8,13 +8,14 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from everstep.errors import ConfigError, RecoveryFailed, RemoteProtocolError, StepInterrupted
+from everstep.errors import ConfigError, PeerLost, RecoveryFailed, RemoteProtocolError, StepInterrupted
 from everstep.recovery.auth import TransferAuth
 from everstep.recovery.connection import Wanted
 from everstep.recovery.conversation import (
     DIGESTS_AT_ONCE,
     FRAME_BYTES,
     NONCE_BYTES,
+    WINDOW,
     Cuts,
     Handshake,
     Nonce,
@@ -22,7 +23,8 @@ from everstep.recovery.conversation import (
     Proof,
     Refused,
     Said,
-    WantChunks,
+    Sent,
+    WantChunk,
     WantDigests,
     as_tensor,
     pack,
@@ -39,9 +41,9 @@ SNAPSHOT_ID_CHARS_MAX = 32
 
 @dataclass(frozen=True, kw_only=True)
 class Taken:
-    """From whom: `donor` is its number in the group, `url` its name in reports. `stall_s`: silence that is too long."""
+    """From whom: `donor` is its number among the group's `members`. `stall_s`: a silence that is too long."""
 
-    url: str
+    members: tuple[str, ...]
     donor: int
     key: str
     auth: TransferAuth | None
@@ -63,7 +65,7 @@ class DonorConnection:
     """A Connection (connection.py). It cannot be made a second time: the group lasts for one transfer."""
 
     def __init__(self, peers: Peers, taken: Taken, wanted: Wanted) -> None:
-        self.url = taken.url
+        self.url = taken.members[taken.donor]
         self._peers = peers
         self._taken = taken
         self._wanted = wanted
@@ -84,7 +86,7 @@ class DonorConnection:
         return []  # the group has a guard of its own
 
     def connect(self) -> None:
-        with _lost(self.url):
+        with self._lost():
             self._link = self._peers.link(self._taken.donor, DIGESTS if self._wanted.is_notary else CHUNKS)
 
     def manifest(self, *, may_wait: bool = True) -> tuple[Manifest, str]:
@@ -112,7 +114,10 @@ class DonorConnection:
                 f"manifest of {offered.size} bytes; at most {taken.limits.manifest_bytes} are accepted"
             )
         content = bytearray(offered.size)
-        self._wait(self._receive(as_tensor(content), BULK))
+        coming = self._receive(as_tensor(content), BULK)
+        if not isinstance(self._hear(), Sent):
+            raise RemoteProtocolError(f"{self.url} sends no manifest")
+        self._wait(coming)
         if digest_of([memoryview(content)]) != offered.digest:
             raise RecoveryFailed(f"the manifest of {self.url} arrived damaged")
         if not secrets.compare_digest(offered.mac, handshake.donor_mac(offered.snapshot_id, content)):
@@ -125,23 +130,24 @@ class DonorConnection:
     def ask_for_chunks(self, manifest: Manifest, snapshot_id: str, chunks: range) -> None:  # noqa: ARG002 - it has one
         if self._cuts is None:
             self._cuts = Cuts(manifest)
-        self._say(WantChunks(chunks.start, chunks.stop))
         self._todo.extend(chunks)
-        self._expect_next()
+        while self._todo and len(self._coming) < WINDOW:
+            self._ask_for_next()
 
     def receive(self, pieces: list[memoryview]) -> tuple[bytes, bytes]:
-        """The next one is on its way while this one is verified."""
-        self._expect_next()
+        """Others are on their way while this one is verified."""
         coming = self._coming[0]
+        self._wait(coming.digest_message)
         for message in coming.messages:
             self._wait(message)
+        self._coming.popleft()
+        if self._todo:
+            self._ask_for_next()
         for buffer, spread in coming.spreads:
             begin = 0
             for piece in spread:
                 piece[:] = buffer[begin : begin + len(piece)]
                 begin += len(piece)
-        self._wait(coming.digest_message)
-        self._coming.popleft()
         return bytes(coming.digest), digest_of(pieces)
 
     def ask_for_digests(self, snapshot_id: str, chunks: range) -> None:  # noqa: ARG002 - it has one
@@ -155,12 +161,10 @@ class DonorConnection:
             yield [bytes(some[at : at + DIGEST_BYTES]) for at in range(0, len(some), DIGEST_BYTES)]
             left -= len(some) // DIGEST_BYTES
 
-    def _expect_next(self) -> None:
-        if not self._todo:
-            return
+    def _ask_for_next(self) -> None:
         chunk = self._todo.popleft()
         assert self._cuts is not None
-        digest = bytearray(DIGEST_BYTES)
+        self._say(WantChunk(chunk))
         messages, spreads = [], []
         for pieces in self._cuts.cut(chunk, self._wanted.pieces_of(chunk)):
             if len(pieces) == 1:
@@ -169,10 +173,11 @@ class DonorConnection:
                 buffer = bytearray(sum(map(len, pieces)))
                 messages.append(self._receive(as_tensor(buffer), BULK))
                 spreads.append((buffer, pieces))
+        digest = bytearray(DIGEST_BYTES)  # follows them
         self._coming.append(_Coming(messages, spreads, digest, self._receive(as_tensor(digest), TALK)))
 
     def _say(self, said: Said) -> None:
-        with _lost(self.url):
+        with self._lost():
             assert self._link is not None
             self._link.send(pack(said), TALK, self._taken.stall_s)
 
@@ -182,19 +187,21 @@ class DonorConnection:
         return unpack(frame)
 
     def _receive(self, tensor: Tensor, lane: int) -> Message:
-        with _lost(self.url):
+        with self._lost():
             assert self._link is not None
             return self._link.receive(tensor, lane, self._taken.stall_s)
 
     def _wait(self, message: Message) -> None:
-        with _lost(self.url):
+        with self._lost():
             message.wait(lambda: self._is_shut)
 
-
-@contextmanager
-def _lost(url: str) -> Iterator[None]:
-    """A group that has ended is no reason for the step to end: the fetch fails."""
-    try:
-        yield
-    except StepInterrupted as error:
-        raise RecoveryFailed(f"the connection to {url} is lost: {error}") from error
+    @contextmanager
+    def _lost(self) -> Iterator[None]:
+        """A group that has ended is no reason for the step to end: the fetch fails."""
+        try:
+            yield
+        except StepInterrupted as error:
+            number = error.peer if isinstance(error, PeerLost) else None
+            members = self._taken.members
+            who = members[number] if number is not None and number < len(members) else self.url
+            raise RecoveryFailed(f"the connection to {who} is lost: {error}") from error

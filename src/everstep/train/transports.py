@@ -16,7 +16,7 @@ NAME_CHARS_MAX = 64
 ADDRESS_CHARS_MAX = 200
 
 
-def _over_gloo(place: Place, transfer: Transfer, number: int) -> GlooPeers:
+def over_gloo(place: Place, transfer: Transfer, number: int) -> GlooPeers:
     """`number`: this member's among the joiner, which is 0, and its donors."""
     meeting = transfer.meeting
     membership = Membership(
@@ -30,7 +30,7 @@ def _over_gloo(place: Place, transfer: Transfer, number: int) -> GlooPeers:
     return GlooPeers(PeerPlace(membership=membership, bind_host=place.host))
 
 
-def _check_place(place: Place) -> None:
+def check_place(place: Place) -> None:
     if place.auth is None and not is_loopback(place.host):
         raise ConfigError(
             f"recovery would give the model to anyone who reaches {place.host}; set a job token (EVERSTEP_TOKEN_FILE), "
@@ -40,7 +40,7 @@ def _check_place(place: Place) -> None:
 
 _OURS: dict[str, Callable[[], RecoveryTransport]] = {
     "http": HttpTransport,
-    "process_group": lambda: GroupTransport(_over_gloo, _check_place),
+    "process_group": lambda: GroupTransport(over_gloo, check_place),
 }
 
 
