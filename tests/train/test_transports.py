@@ -19,6 +19,7 @@ from everstep.train.presence import Presence
 from tests.recovery.wire_faults import Strike, StruckTransport
 from tests.recovery.wires import request_to
 from tests.train.job import Job, Running, assert_same_bits
+from tests.train.ranks import RankedJob, assert_ranks_agree
 
 OVER_GROUP = {"width": 1024, "options": {"recovery_transport": "process_group"}}
 WIDTH_OF_CHUNKS = 200_000  # a state of several
@@ -97,6 +98,19 @@ def test_donors_that_die_in_the_middle_of_the_state_cost_the_joiner_a_new_try_an
         begun = [line for line in joiner.logs if line.startswith("recovering step=")]
         assert len(begun) >= 2
         assert len(_recoveries(joiner)) == 1
+
+
+@pytest.mark.soak
+def test_each_rank_of_a_group_takes_its_part_over_a_group_of_its_own() -> None:
+    options = {"recovery_transport": "process_group"}
+    with RankedJob(2) as job:
+        job.start_teams(options=options)
+        job.until_steps(job.everyone(), 3)
+        job.kill(job.team[1][1])
+        job.until_team_fails(1)
+        job.until_all_recover(job.start_team(1, options=options))
+        job.stop(job.everyone())
+        assert_ranks_agree(job)
 
 
 def _end_at_the_third_request(number: int, lane: int, tensor: torch.Tensor) -> torch.Tensor:
