@@ -73,6 +73,7 @@ class ManagerSettings:
     drain_grace_s: float = 20.0
     proactive_recovery: bool = True
     backend: str = "gloo"
+    recovery_transport: object = "http"  # or an object that is one (train/transports.py)
     nccl_environment: Mapping[str, str] = dataclasses.field(default_factory=dict, repr=False)  # TORCH_NCCL_*
     group: GroupSettings = dataclasses.field(default_factory=GroupSettings)
     worker: str = ""  # the token that its agent gave this process; "": no agent
@@ -179,6 +180,7 @@ def manager_settings(
     drain_grace_s: float = 20.0,
     proactive_recovery: bool | None = None,
     backend: str = "gloo",
+    recovery_transport: object = "http",
     group_rank: int | None = None,
     group_size: int | None = None,
     environ: Mapping[str, str] | None = None,
@@ -188,10 +190,7 @@ def manager_settings(
     address = _given(lighthouse, "lighthouse", env, "EVERSTEP_LIGHTHOUSE")
     group = str(replica_group_id) if replica_group_id is not None else env.get("REPLICA_GROUP_ID", "")
     if address and not group:
-        raise ConfigError(
-            "this replica group has no name: set REPLICA_GROUP_ID (0, 1, 2, … one for each group), or pass "
-            "replica_group_id"
-        )
+        raise ConfigError("this replica group has no name: set REPLICA_GROUP_ID (0, 1, 2, …), or pass replica_group_id")
     return ManagerSettings(
         lighthouse=lighthouse_url(address[1], address[0]) if address else None,
         job_id=job_id if job_id is not None else env.get("EVERSTEP_JOB_ID") or "default",
@@ -204,6 +203,7 @@ def manager_settings(
         collective_timeout_s=collective_timeout_s,
         drain_grace_s=drain_grace_s,
         backend=backend,
+        recovery_transport=recovery_transport,
         nccl_environment={name: value for name, value in env.items() if name.startswith("TORCH_NCCL_")},
         proactive_recovery=(
             proactive_recovery if proactive_recovery is not None else _flag_in(env, "EVERSTEP_PROACTIVE_RECOVERY", True)

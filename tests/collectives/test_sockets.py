@@ -3,9 +3,18 @@
 import contextlib
 import os
 import socket
+import threading
 from collections.abc import Iterator
 
-from everstep.collectives.sockets import OpenSocket, has_peer_gone, is_emptied, is_open, sever
+from everstep.collectives.sockets import (
+    OpenSocket,
+    find_lasting,
+    has_peer_gone,
+    is_emptied,
+    is_open,
+    open_sockets,
+    sever,
+)
 from tests.support.waiting import wait_until
 
 
@@ -52,3 +61,14 @@ def test_one_that_is_gone_or_reset_is_empty() -> None:
         assert is_emptied(known)
     assert is_emptied(known)
     assert has_peer_gone(known)
+
+
+def test_a_duplicate_through_which_somebody_looks_is_not_taken_for_a_connection() -> None:
+    before = open_sockets()
+    with connection() as (here, _, known):
+        looking = os.dup(here.fileno())
+        done = threading.Timer(0.02, os.close, (looking,))
+        done.start()
+        found = find_lasting(lambda ends: ends.local == here.getsockname(), open_sockets() - before)
+        done.join()
+    assert found == [known]

@@ -29,6 +29,7 @@ from everstep.collectives.sockets import (
     OpenSocket,
     close_on_exec,
     ends_of,
+    find_lasting,
     find_sockets,
     has_peer_gone,
     host_and_port,
@@ -313,7 +314,7 @@ class GlooGroup(GroupFate[GlooWork]):
             self._device,
             lambda mine: self._gather("gloo", mine),
         )
-        self._connections = find_sockets(self._is_connection, among=open_sockets() - before)
+        self._connections = find_lasting(self._is_connection, among=open_sockets() - before)
         close_on_exec(self._connections)
         self._new_threads = sorted(thread_ids() - threads_before)
         self._gloo = gloo

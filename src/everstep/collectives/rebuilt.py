@@ -104,8 +104,8 @@ class RebuiltProcessGroup(ReconfigurableProcessGroup):
         if self._lift_guard is None:
             self._lift_guard = fork_guard.guard(self._fds_in_child)
         try:
-            self._start(lambda: _build(group))
-            _await_build(group)
+            self._start(lambda: build_aside(group))
+            await_build(group)
         except BaseException:  # an interrupt from the keyboard, say
             group.condemn()
             group.cut()
@@ -213,7 +213,7 @@ class RebuiltProcessGroup(ReconfigurableProcessGroup):
         return [fd for group in groups for fd in group.fds()]
 
 
-def _build(group: QuorumGroup) -> None:
+def build_aside(group: QuorumGroup) -> None:
     """A helper thread's work: the build, and what is left of it off the critical path."""
     group.build()
     if group.is_usable:
@@ -222,7 +222,7 @@ def _build(group: QuorumGroup) -> None:
         group.take_down()
 
 
-def _await_build(group: QuorumGroup) -> None:
+def await_build(group: QuorumGroup) -> None:
     """Until it is built, has failed or is condemned; then cuts what it opens until it ends, or seems stuck."""
     # The build has its own deadline, which says more; this one is for what cannot be given a deadline.
     if not group.changed.wait(group.membership.timeout_s + BUILD_GRACE_S):

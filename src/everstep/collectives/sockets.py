@@ -9,6 +9,7 @@ import contextlib
 import os
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import TypeVar
@@ -20,6 +21,8 @@ TCP_CLOSE, TCP_CLOSE_WAIT = 7, 8  # linux/tcp_states.h
 EMPTYING_BYTES = 1 << 18
 EMPTYING_MAX = 1000
 ATTEMPTS_MAX = 20
+LOOKS_MAX = 200
+LOOK_PAUSE_S = 0.001
 _TCP_FAMILIES = (socket.AF_INET, socket.AF_INET6)
 
 
@@ -52,6 +55,20 @@ def find_sockets(matches: Callable[[Ends], bool], among: Iterable[OpenSocket] | 
         ends = ends_of(candidate)
         if ends is not None and matches(ends):
             found.append(candidate)
+    return found
+
+
+def find_lasting(matches: Callable[[Ends], bool], among: Iterable[OpenSocket]) -> list[OpenSocket]:
+    """As `find_sockets`, without the duplicates through which another thread looks at some of them at that instant.
+
+    A duplicate taken for a connection would seem to be closed a moment later.
+    """
+    found = find_sockets(matches, among)
+    for _ in range(LOOKS_MAX):
+        if len({opened.inode for opened in found}) == len(found):
+            break
+        time.sleep(LOOK_PAUSE_S)
+        found = [opened for opened in found if is_open(opened)]
     return found
 
 

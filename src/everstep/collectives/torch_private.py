@@ -4,7 +4,8 @@
   process and never gives it up; a quorum needs one at will, on an address of our choice.
 - `AllreduceOptions` and the backend's `allreduce([tensor], options)`: the public `all_reduce` wants a registered group
   and costs several times as much per call.
-- `ProcessGroupGloo._allgather_base`: gathers into one tensor, without a list of outputs.
+- `ProcessGroupGloo._allgather_base`: gathers into one tensor, without a list of outputs. Its `send` and `recv`: the
+  public ones want a registered group.
 - `Store`, subclassed: Gloo asks it for where the other ranks listen. torch's own TCPStore looks names up in the DNS
   (see store.py); ours answers from a meeting of the members.
 - `ProcessGroupNCCL`, its `Options` with `config` and `_timeout`, `eager_connect_single_device`, `abort`: as for Gloo.
@@ -48,6 +49,8 @@ __all__ = [
     "new_nccl",
     "put_nccl_id",
     "queue_backward_callback",
+    "receive_from",
+    "send_to",
     "version_of",
 ]
 
@@ -76,6 +79,14 @@ class TorchGloo(Protocol):
     def allreduce(self, tensors: list[Tensor], opts: object) -> TorchWork: ...
 
     def _allgather_base(self, output: Tensor, source: Tensor) -> TorchWork: ...
+
+
+class _TorchPeers(Protocol):
+    """What else there is of it."""
+
+    def send(self, tensors: list[Tensor], rank: int, tag: int) -> TorchWork: ...
+
+    def recv(self, tensors: list[Tensor], rank: int, tag: int) -> TorchWork: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -179,6 +190,16 @@ def put_nccl_id(store: Store, nccl_id: bytes) -> None:
 def gather_into(group: TorchGloo | TorchNccl, output: Tensor, tensor: Tensor) -> TorchWork:
     """`output` has one more dimension than `tensor`, in front: one slice a rank."""
     return group._allgather_base(output, tensor.unsqueeze(0))
+
+
+def send_to(group: TorchGloo, tensor: Tensor, rank: int, tag: int) -> TorchWork:
+    """Starts at once. Its `wait` blocks; where that times out, every connection of the group is closed."""
+    return cast(_TorchPeers, group).send([tensor], rank, tag)
+
+
+def receive_from(group: TorchGloo, tensor: Tensor, rank: int, tag: int) -> TorchWork:
+    """As `send_to`. A message of another size than the tensor breaks the group."""
+    return cast(_TorchPeers, group).recv([tensor], rank, tag)
 
 
 def allreduce_options(op: ReduceOp) -> object:

@@ -4,8 +4,9 @@ import time
 
 from everstep.errors import StepInterrupted
 from everstep.fork_guard import guard
-from everstep.recovery.gathering import FetchReport, Gathering, logger, worst_of
+from everstep.recovery.gathering import Gathering, logger, worst_of
 from everstep.recovery.landing import Landing
+from everstep.recovery.report import FetchReport
 from everstep.recovery.request import FetchRequest, Progress
 
 _LOOK_S = 0.5  # so that Python runs signal handlers while it waits

@@ -4,14 +4,16 @@ import logging
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from everstep.errors import ConfigError, EverstepError, RecoveryFailed, RemoteProtocolError, StateMismatch
 from everstep.recovery.assembly import Assembly, plain_leaf
 from everstep.recovery.board import Board
+from everstep.recovery.connection import Connection, Wanted
 from everstep.recovery.fit import check_fit
 from everstep.recovery.landing import Landing
 from everstep.recovery.manifest import Manifest, build, have_same_layout
+from everstep.recovery.report import FetchReport
 from everstep.recovery.request import FetchRequest, Progress
 from everstep.recovery.same_host import PeerMemory
 from everstep.recovery.snapshot import digest_of
@@ -25,23 +27,9 @@ LOOK_S = 0.02  # how often one that has nothing to do looks for a slow one to he
 
 
 @dataclass
-class FetchReport:
-    """How it went so far; read it from any thread."""
-
-    total_bytes: int = 0
-    done_bytes: int = 0
-    digest_errors: int = 0  # chunks and manifests that arrived damaged, and were fetched again
-    differing: int = 0  # chunks that one source had otherwise than the one that counts
-    retries: int = 0  # connections that failed and were made again
-    bytes_from: dict[str, int] = field(default_factory=dict)
-    transport: dict[str, str] = field(default_factory=dict)  # "memory" where it was not HTTP
-    lost: dict[str, str] = field(default_factory=dict)  # sources, and why they serve no more
-
-
-@dataclass
 class _Source:
     url: str
-    connection: SourceConnection | None = None
+    connection: Connection | None = None
     manifest: Manifest | None = None
     snapshot_id: str = ""
     is_lost: bool = False
@@ -64,7 +52,7 @@ class Gathering:
         self._board: Board | None = None
         self._pieces: list[list[memoryview]] = []
         self._threads: list[threading.Thread] = []
-        self._notary: SourceConnection | None = None
+        self._notary: Connection | None = None
         self._lost_at = 0.0  # the latest source
         self._appointed = 0  # how often a primary was
 
@@ -108,7 +96,7 @@ class Gathering:
         """Takes no lock."""
         return [fd for connection in self._connections() for fd in connection.list_fds()]
 
-    def _connections(self) -> list[SourceConnection]:
+    def _connections(self) -> list[Connection]:
         found = [source.connection for source in self.sources]
         return [connection for connection in (*found, self._notary) if connection is not None]
 
@@ -119,13 +107,18 @@ class Gathering:
 
     # ---- workers
 
-    def connection_to(self, number: int) -> SourceConnection:
+    def connection_to(self, number: int) -> Connection:
         source = self.sources[number]
         with self.changed:
-            source.connection = SourceConnection(self.request, source.url)
+            source.connection = self._dial(source.url)
             if self.is_over:
                 source.connection.shut()
             return source.connection
+
+    def _dial(self, url: str, *, is_notary: bool = False) -> Connection:
+        if self.request.dial is None:
+            return SourceConnection(self.request, url)
+        return self.request.dial(Wanted(url=url, is_notary=is_notary, pieces_of=self.pieces_of))
 
     def admit(self, number: int, manifest: Manifest, snapshot_id: str) -> None:
         """It offers this. The first one is the primary."""
@@ -172,7 +165,7 @@ class Gathering:
             self._notary.shut()
         if (len(self.sources) > 1 or self._board.has_landed) and not self._board.is_complete:
             appointed, manifest, snapshot_id = self._appointed, source.manifest, source.snapshot_id
-            self._notary = SourceConnection(self.request, source.url)
+            self._notary = self._dial(source.url, is_notary=True)
             notary = self._notary
             self._start(lambda: self._notarize(notary, manifest, snapshot_id, appointed), "everstep-fetch-digests")
         self.changed.notify_all()
@@ -194,7 +187,7 @@ class Gathering:
                     return run, source.manifest, source.snapshot_id
                 if self._board.is_slow(number):
                     return None
-                victim = self._board.victim_of(number, now)
+                victim = self._board.victim_of(number, now) if self.request.dial is None else None
                 if victim is not None:
                     self._rob(victim)
                 self.changed.wait(LOOK_S)
@@ -231,7 +224,7 @@ class Gathering:
     def wait_until_needed(self, number: int) -> bool:
         """False when it is over; a source that was robbed waits until nobody else is left."""
         with self.changed:
-            while not self.is_over:
+            while not (self.is_over or self.is_complete):
                 others = [s for n, s in enumerate(self.sources) if n != number and not s.is_lost]
                 if self._board is None or not self._board.is_slow(number) or not others:
                     return True
@@ -270,7 +263,7 @@ class Gathering:
 
     # ---- the primary's digests
 
-    def _notarize(self, notary: SourceConnection, manifest: Manifest, snapshot_id: str, appointed: int) -> None:
+    def _notarize(self, notary: Connection, manifest: Manifest, snapshot_id: str, appointed: int) -> None:
         first = 0
         try:
             notary.connect()
@@ -329,19 +322,19 @@ class Worker:
                     return self._give_up(connection, error)
                 self._pause(retry_after_s[self._failures - 1] if self._failures else 0.0)
             except (EverstepError, RemoteProtocolError) as error:
+                connection.close()  # first: what it was to fetch may be written by others from then on
                 gathering.ended(number)
-                connection.close()
                 return gathering.lose(number, error)  # type: ignore[arg-type]
             finally:
                 connection.close()
         return None
 
-    def _give_up(self, connection: SourceConnection, error: Exception) -> None:
+    def _give_up(self, connection: Connection, error: Exception) -> None:
         failure = RecoveryFailed(f"fetching live state from {connection.url} failed: {error}")
         failure.__cause__ = error
         self._gathering.lose(self._number, failure)
 
-    def _fetch_over(self, connection: SourceConnection) -> None:
+    def _fetch_over(self, connection: Connection) -> None:
         """Until it is over; raises when the connection is of no more use."""
         gathering, number = self._gathering, self._number
         connection.connect()
@@ -359,7 +352,7 @@ class Worker:
                 gathering.landed(number, chunk, *connection.receive(pieces))
                 self._failures = 0
 
-    def _read(self, connection: SourceConnection, memory: PeerMemory, todo: tuple[range, Manifest, str]) -> None:
+    def _read(self, connection: Connection, memory: PeerMemory, todo: tuple[range, Manifest, str]) -> None:
         """From the source's memory, while it computes the digests."""
         chunks, manifest, snapshot_id = todo
         connection.ask_for_digests(snapshot_id, chunks)

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
@@ -15,9 +15,11 @@ from everstep.collectives.step_journal import Reduction, TensorReduction
 from everstep.config import ManagerSettings, check_count, manager_settings
 from everstep.core.moves import ReplicaConfig
 from everstep.errors import ConfigError
+from everstep.recovery import RecoveryTransport
 from everstep.train.drain import DrainOnSigterm
 from everstep.train.group_presence import make_presence
 from everstep.train.header import Contribution
+from everstep.train.parts import Reducer, SampleSource
 from everstep.train.presence import Presence, new_nonce
 from everstep.train.recovering import LiveState, Recovery, Stateful
 from everstep.train.stepper import Decision, Stepper
@@ -41,28 +43,6 @@ class StepResult:
         return self.committed
 
 
-class Reducer(Protocol):
-    """What reduces gradients for the manager: DistributedDataParallel."""
-
-    def flush(self) -> None: ...
-
-    def objection(self) -> str: ...
-
-    def settle(self) -> None: ...
-
-    def step_decided(self, is_committed: bool) -> None: ...
-
-
-class SampleSource(Protocol):
-    """What tells the manager which samples a step used, and hears of its fate: DistributedSampler."""
-
-    def contribution(self) -> Contribution: ...
-
-    def step_decided(self, decision: Decision) -> None: ...
-
-    def check(self, contributions: tuple[Contribution, ...]) -> str: ...
-
-
 class Manager:
     """One a process. `with es.Manager() as manager:` joins the job and leaves it; nothing happens before.
 
@@ -77,6 +57,7 @@ class Manager:
     - `proactive_recovery` (EVERSTEP_PROACTIVE_RECOVERY, on): a notice of a peer's failure ends this member's
       collectives at once. Off: they must fail by themselves, within `collective_timeout_s`.
     - `backend`: "gloo" for tensors on the CPU; "nccl" for those on this process's current GPU as well.
+    - `recovery_transport`: "http", "process_group", or your own (docs/recovery.md); the same in all groups.
     - `drain_on_sigterm`: SIGTERM asks to leave at a step boundary, as `drain()` does; a second one ends the process.
       Only where the script has no handler of its own, and only from the main thread.
     - `drain_grace_s`: how long a leaver waits for somebody to take its place before it leaves as it is.
@@ -100,6 +81,7 @@ class Manager:
         collective_timeout_s: float = 300.0,
         proactive_recovery: bool | None = None,
         backend: str = "gloo",
+        recovery_transport: str | RecoveryTransport = "http",
         drain_on_sigterm: bool = True,
         drain_grace_s: float = 20.0,
         group_rank: int | None = None,
@@ -116,6 +98,7 @@ class Manager:
             "collective_timeout_s": collective_timeout_s,
             "proactive_recovery": proactive_recovery,
             "backend": backend,
+            "recovery_transport": recovery_transport,
             "drain_grace_s": drain_grace_s,
             "group_rank": group_rank,
             "group_size": group_size,

@@ -42,6 +42,7 @@ from everstep.core.moves import (
     ReplicaEvent,
     TrainAlone,
 )
+from everstep.core.recovery_plan import Claim
 from everstep.core.replica import Replica
 from everstep.core.types import QuorumId
 from everstep.core.worker_book import worker_name
@@ -53,9 +54,11 @@ from everstep.link.dial import LinkTarget
 from everstep.link.driver import Driver
 from everstep.link.path_watch import LongWait, PathWatch
 from everstep.logs import JobLog
-from everstep.recovery import Fetch, RecoveryServer, ServerOptions, TransferAuth
+from everstep.recovery import Fetching, Place, TransferAuth
+from everstep.train.claims import RankClaim
 from everstep.train.phases import Phases
 from everstep.train.steps_file import StepsFile
+from everstep.train.transports import check_address, transport_for
 
 EXIT_STUCK_S = 3.0  # it may stand still because nobody reads its stderr
 
@@ -74,12 +77,13 @@ class Presence:
         self.auth = TransferAuth(settings.token) if settings.token is not None else None
         self.changed = threading.Condition(threading.RLock())
         self.group: ReconfigurableProcessGroup = GlooProcessGroup()
-        self.server: RecoveryServer | None = None
+        self.transport = transport_for(settings.recovery_transport)
         self._replica: Replica | Follower | None = None
         self._driver: Driver[Any] | None = None
         self._client: LinkClient[ToMember] | None = None
         self._store: HostedStore | None = None
-        self._fetch: Fetch | None = None
+        self._fetch: Fetching | None = None
+        self._severed: QuorumId | None = None  # the latest
         self._paths = PathWatch(self._long_wait, self._no_answer)
         self._error: Exception | None = None
         self.phases = Phases()
@@ -131,14 +135,14 @@ class Presence:
             raise
 
     def _open_servers(self, host: str) -> str:
-        """What every rank has of its own; returns the recovery server's URL."""
+        """What every rank has of its own; returns where its live state is reached."""
         group: ReconfigurableProcessGroup = GlooProcessGroup(bind_host=host, threads=2)
         if self._settings.backend == "nccl":
             device = torch.device("cuda", torch.cuda.current_device() if torch.cuda.is_available() else 0)
             group = ProcessGroupByDevice(group, NcclProcessGroup(device, environ=self._settings.nccl_environment))
         self.group = ProcessGroupWithLane(group, host)
-        self.server = RecoveryServer(ServerOptions(auth=self.auth))
-        return self.server.start(host, host)
+        place = Place(host=host, auth=self.auth, timeout_s=self._settings.collective_timeout_s)
+        return check_address(self.transport, self.transport.open(place))
 
     def _machine(self, config: ReplicaConfig) -> Replica | Follower:
         return Replica(config)
@@ -172,8 +176,7 @@ class Presence:
             self._driver.close()
         self._paths.close()
         self.group.close()
-        if self.server is not None:
-            self.server.close()
+        self.transport.close()
         if self._store is not None:
             self._store.close()
 
@@ -203,6 +206,7 @@ class Presence:
                     if self._client is not None:
                         self._client.send(message)
                 case Sever(up_to):
+                    self._severed = up_to
                     self.group.abort(up_to)
                     if self._fetch is not None:
                         self._fetch.abort()
@@ -243,8 +247,11 @@ class Presence:
 
     @property
     def own_recovery(self) -> str:
-        """The URL of a follower's recovery server; the leader's stands in the quorum."""
+        """Where a follower's recovery transport is reached; the leader's stands in the quorum."""
         return ""
+
+    def rank_claim(self, claim: Claim) -> RankClaim:
+        return RankClaim(claim, self.group_size, self.own_recovery, meets=True, transport=self.transport.name)
 
     def begin_batch(self) -> Batch:
         """The batch that the script begins; the same on every rank."""
@@ -259,10 +266,13 @@ class Presence:
         raise AssertionError(f"nobody to tell {message}")
 
     @contextlib.contextmanager
-    def fetching(self, fetch: Fetch) -> Iterator[Fetch]:
-        """Lets a freeze abort `fetch` while the block runs."""
+    def fetching(self, fetch: Fetching, quorum_id: QuorumId) -> Iterator[Fetching]:
+        """Lets a freeze abort `fetch` while the block runs; one that came before it does, too."""
         with self.changed:
+            self.check()
             self._fetch = fetch
+            if self._severed is not None and quorum_id <= self._severed:
+                fetch.abort()
         try:
             yield fetch
         finally:

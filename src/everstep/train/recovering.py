@@ -2,17 +2,17 @@
 
 import contextlib
 import dataclasses
-import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from typing import Protocol
 
 from everstep.core.moves import Recover
 from everstep.core.recovery_plan import RecoveryPlan
-from everstep.core.types import Lineage, Member, MemberId, Quorum, QuorumId
+from everstep.core.types import MemberId
 from everstep.errors import ConfigError, RecoveryFailed, RemoteProtocolError
-from everstep.recovery import Fetch, FetchReport, FetchRequest, InPlace, Landing, Snapshot
+from everstep.recovery import Arrival, FetchReport, InPlace, Landing, Snapshot
 from everstep.train.presence import Presence
+from everstep.train.transports import Roll
 
 
 class Stateful(Protocol):
@@ -71,29 +71,28 @@ class Fetched:
 
 
 class Recovery:
-    """Offers and fetches on the training thread; the bytes travel on the recovery server's own threads."""
+    """Offers and fetches on the training thread; the bytes travel on the transport's own threads."""
 
     def __init__(self, presence: Presence, state: LiveState) -> None:
         self._presence = presence
         self._state = state
-        self._offered: str | None = None
+        self._offered: tuple[str, Snapshot] | None = None
         self._fetched: Fetched | None = None
         self._is_torn = False  # this member's own tensors hold neither the old state nor a new one
 
-    def offer(self, quorum: Quorum, plan: RecoveryPlan, rank: int, *, is_lent: bool) -> None:
+    def offer(self, roll: Roll, plan: RecoveryPlan, *, is_lent: bool) -> None:
         """At a step boundary, when the plan makes this member a source: a snapshot for its receivers.
 
         `is_lent`: `await_joiners` follows, before anything changes; otherwise they get a copy.
         """
-        receivers = plan.receivers_of(rank)
-        if not receivers:
+        transfers = roll.donations(plan)
+        if not transfers:
             return
         started_at = time.monotonic()
         snapshot = (Snapshot.lend if is_lent else Snapshot.take)(self._state.save())
-        self._offered = _key(quorum.id, plan.lineage)
-        assert self._presence.server is not None
-        self._presence.server.offer(self._offered, snapshot)
-        names = ",".join(str(quorum.members[receiver].id) for receiver in receivers)
+        self._offered = transfers[0].key, snapshot
+        self._presence.transport.offer(snapshot, transfers)
+        names = ",".join(transfer.joiner.name for transfer in transfers)
         self._presence.log.info(
             "offering step=%d to=%s bytes=%d snapshot_ms=%.1f",
             plan.lineage.step,
@@ -131,46 +130,37 @@ class Recovery:
     def withdraw(self) -> None:
         """The step has moved on: whoever needed the snapshot has it."""
         if self._offered is not None:
-            assert self._presence.server is not None
-            self._presence.server.withdraw(self._offered)
+            key, snapshot = self._offered
+            snapshot.revoke()
+            self._presence.transport.withdraw(key)
             self._offered = None
 
-    def fetch(self, move: Recover, urls: Sequence[str]) -> None:
-        """Fetch from the donors (`urls`: every member's, by rank), verify, keep for `apply`.
+    def fetch(self, move: Recover, roll: Roll) -> None:
+        """Fetch from the donors, verify, keep for `apply`.
 
         Raises StepInterrupted, RecoveryFailed or, for good, ConfigError.
         """
         source = move.quorum.members[move.source]
-        source_url = urls[move.source]
         started_at = time.monotonic()
         own = self._state.save()
-        request = FetchRequest(
-            source_url=source_url,
-            other_urls=tuple(urls[rank] for rank in move.donors if rank != move.source),
-            key=_key(move.quorum.id, move.lineage),
-            deadline=math.inf,  # a failure of the source aborts it; a slow one is waited for
-            expected=own,
-            auth=self._presence.auth,
-        )
-        self._presence.log.info(
-            "recovering step=%d from=%s", move.lineage.step, ",".join(str(m.id) for m in self._donors(move))
-        )
+        others = [rank for rank in move.donors if rank != move.source]
+        transfer = roll.transfer(move.lineage, roll.rank, (move.source, *others))
+        names = ",".join(donor.name for donor in transfer.donors)
+        self._presence.log.info("recovering step=%d from=%s", move.lineage.step, names)
         is_in_place = self._may_overwrite(move)
+        arrival = Arrival(own, InPlace(own) if is_in_place else Landing(), self._show_progress)
+        fetch = self._presence.transport.fetch(transfer, arrival)
         try:
-            fetch = Fetch(request, self._show_progress, InPlace(own) if is_in_place else Landing())
-            with self._presence.fetching(fetch), self._shown():
+            with self._presence.fetching(fetch, move.quorum.id), self._shown():
                 self._is_torn |= is_in_place
                 state = fetch.run()
         except RemoteProtocolError as error:  # from something else at that address, or a broken peer: ask again
-            raise RecoveryFailed(f"{source_url} sent what no source sends: {error}") from error
+            raise RecoveryFailed(f"{names} sent what no source sends: {error}") from error
         self._state.check(state)
         fetch_ms = (time.monotonic() - started_at) * 1e3
         self._fetched = Fetched(
             state=state, step=move.lineage.step, source=source.id, fetch_ms=fetch_ms, report=fetch.report
         )
-
-    def _donors(self, move: Recover) -> list[Member]:
-        return [move.quorum.members[rank] for rank in move.donors or (move.source,)]
 
     def _may_overwrite(self, move: Recover) -> bool:
         """The state may land in this process's own tensors, and be lost when the transfer fails.
@@ -215,7 +205,3 @@ class Recovery:
             report.retries,
             report.digest_errors,
         )
-
-
-def _key(quorum_id: QuorumId, lineage: Lineage) -> str:
-    return f"{quorum_id}/{lineage.step}/{lineage.digest.hex()}"

@@ -37,12 +37,13 @@ from everstep.core.moves import (
 )
 from everstep.core.recovery_plan import Claim
 from everstep.core.types import MemberId, Quorum, QuorumId
-from everstep.errors import ConfigError, GroupDrained, PeerLost, RecoveryFailed, StepInterrupted
-from everstep.train.claims import RankClaim, pack, unpack
+from everstep.errors import GroupDrained, PeerLost, RecoveryFailed, StepInterrupted
+from everstep.train.claims import check_sizes, pack, unpack
 from everstep.train.header import Contribution, HeaderCarrier, StepHeader
 from everstep.train.phases import REDUCTION, VOTE
 from everstep.train.presence import Presence
 from everstep.train.recovering import Recovery
+from everstep.train.transports import Roll, check_same_transport
 
 WAIT_SLICE_S = 0.5  # so that Python runs signal handlers while it waits
 SAY_WAITING_AFTER_S = 1.0
@@ -79,7 +80,7 @@ class Stepper:
         self._has_asked_to_join = False
         self._said = ""  # what it was last said to wait for
         self._fetch_again_s = FETCH_AGAIN_S[0]
-        self._sources: tuple[str, ...] = ()  # where each member's rank of this group rank serves its state
+        self._roll: Roll | None = None  # where each member's rank of this group rank serves its state
         self._meets = False  # every member of the quorum: when the joiners have the state, before anybody goes on
 
     # ---- what the rest of train/ calls
@@ -250,10 +251,12 @@ class Stepper:
             prefix=presence.rank_prefix,
         )
         group.configure(membership)
-        gathered = group.allgather(pack(RankClaim(claim, presence.group_size, presence.own_recovery, meets=True)))
+        gathered = group.allgather(pack(presence.rank_claim(claim)))
         claims = tuple(map(unpack, gathered))
-        _check_sizes(claims, rank)
-        self._sources = tuple(c.recovery or m.recovery for c, m in zip(claims, quorum.members, strict=True))
+        check_sizes(claims, rank)
+        check_same_transport(claims, rank)
+        addresses = tuple(c.recovery or m.recovery for c, m in zip(claims, quorum.members, strict=True))
+        self._roll = Roll(quorum=quorum, rank=rank, addresses=addresses, prefix=presence.rank_prefix)
         self._meets = all(c.meets for c in claims)
         presence.feed(BarrierEnded(quorum.id, tuple(c.claim for c in claims)))
         with presence.changed:
@@ -266,7 +269,7 @@ class Stepper:
         if plan is not None:
             group.release_previous()
             presence.replica.open_section("snapshot")
-            self._recovery.offer(quorum, plan, rank, is_lent=self._meets)
+            self._recovery.offer(self._roll, plan, is_lent=self._meets)
             presence.replica.close_section(time.monotonic())
             if self._meets and plan.source_of and rank not in plan.source_of:
                 self._recovery.await_joiners()
@@ -274,7 +277,8 @@ class Stepper:
     def _fetch(self, move: Recover) -> None:
         quorum_id = move.quorum.id
         try:
-            self._recovery.fetch(move, self._sources)
+            assert self._roll is not None
+            self._recovery.fetch(move, self._roll)
         except StepInterrupted:
             return  # frozen: the machine has left this quorum already
         except RecoveryFailed as error:
@@ -378,16 +382,6 @@ class Stepper:
 
 def _first_line(error: Exception) -> str:
     return str(error).partition("\n")[0][:200]
-
-
-def _check_sizes(claims: tuple[RankClaim, ...], rank: int) -> None:
-    """The first member that holds the state sets how many ranks a group has; who differs must go."""
-    first = next((claim for claim in claims if claim.claim.lineage is not None), claims[0])
-    if claims[rank].group_size != first.group_size:
-        raise ConfigError(
-            f"this replica group has {claims[rank].group_size} ranks, the others have {first.group_size}: start every "
-            "group with the same --nproc-per-node and --nnodes"
-        )
 
 
 def _number(quorum_id: QuorumId) -> int:
