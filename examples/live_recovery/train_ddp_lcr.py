@@ -81,8 +81,7 @@ def parse() -> argparse.Namespace:
 def main() -> None:
     args = parse()
     es.configure_logging()
-    options = {"recovery_transport": args.transport} if args.transport != "http" else {}
-    with es.Manager(**options) as manager:
+    with es.Manager(recovery_transport=args.transport) as manager:
         table = train(manager, args.state_gib, args.steps_together)
     if args.plot is not None:  # the others do not wait for it
         draw(args.plot, table, f"a group joins, {args.state_gib:g} GiB of state, transport {args.transport}")

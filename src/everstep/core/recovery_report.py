@@ -41,7 +41,7 @@ class RecoveryReport(msgspec.Struct, frozen=True, array_like=True, kw_only=True)
     donors: tuple[str, ...] = ()  # members that serve it, as `replica_id#incarnation`; lost ones are left out
     retries: int = 0  # connections that failed and were made again
     digest_errors: int = 0  # what arrived damaged, and was fetched again
-    transport: str = ""  # how the bytes come, once some have: "http", "memory", both
+    transport: str = ""  # how the bytes come, once some have: "http", "memory", "process_group"; several with + between
     detail: str = ""  # why it ended early
 
 
