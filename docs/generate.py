@@ -14,9 +14,11 @@ from typing import Any
 
 from everstep import exit_codes
 from everstep.core import (
+    ledger,
     messages,
     moves,
     node_messages,
+    recovery_report,
     rendezvous_nodes,
     replica,
     roster,
@@ -109,7 +111,8 @@ def _node_values() -> Iterator[str]:
 
 def _values() -> Iterator[str]:
     kinds = ["Report", "Quorum", "Member", "MemberId", "QuorumId", "FailureRound", "Lineage", "LineageEntry"]
-    yield from _structs([messages.MembersChange, *(getattr(types, kind) for kind in kinds)])
+    told = [ledger.Spent, recovery_report.RecoveryReport]
+    yield from _structs([messages.MembersChange, *(getattr(types, kind) for kind in kinds), *told])
 
 
 def _structs(kinds: Iterable[Any]) -> Iterator[str]:

@@ -39,6 +39,9 @@ def test_the_demo_kills_a_group_that_its_agent_brings_back_and_counts_what_that_
     assert demo.wait(END_S) == 0, demo.output()
     assert found["groups"] == 3
     assert found["replicas_identical"]
+    assert found["recovered_bytes"] > 1e6
+    assert 0 < found["recovery_s"] < found["rejoin_s"]
+    assert [donor.partition("#")[0] for donor in found["recovery_donors"]] == ["0", "1"]
     assert found["steps_lost"] == 0
     assert 0 < found["survivor_pause_s"] < found["restart_s"] + found["rejoin_s"]
     assert found["loss_last"] < found["loss_first"]
@@ -47,6 +50,7 @@ def test_the_demo_kills_a_group_that_its_agent_brings_back_and_counts_what_that_
     told = demo.stderr_path.read_text()
     assert re.search(r"\$ everstep run --replica-groups 3 --max-restarts 1 -m everstep\.demo\.worker\n", told)
     assert re.search(r"SIGKILL to group 2 after step 4\d\n", told)
+    assert re.search(r"live state over: 3\.\d MB in \d+ ms \(\d+ MB/s\) from groups 0 and 1, by (memory|http)\n", told)
     assert list(temporary.iterdir()) == []
 
 

@@ -10,7 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from everstep import subscribe_events
 from everstep.config import LighthouseSettings
+from everstep.core.events import EventKind
 from everstep.lighthouse.app import Lighthouse
 
 ROOT = Path(__file__).parent.parent
@@ -29,6 +31,7 @@ class Shell:
     def __init__(self, commands: str, address: str, job: str, out: Path, **env: str) -> None:
         assert "localhost:29520" in commands
         self.path = out
+        self.address = address
         path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
         environ = os.environ | {
             "PATH": path,
@@ -79,10 +82,14 @@ def outputs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, list
                     Shell(block, running.address, job, path / f"{job}-{i}", EVERSTEP_PROACTIVE_RECOVERY=proactive)
                     for i, block in enumerate(blocks)
                 ]
-            _, *blocks = commands(LIVE)
+            _, *blocks, drawn = commands(LIVE)
             shells["live"] = [
                 Shell(block, running.address, "live", path / f"live-{i}") for i, block in enumerate(blocks)
             ]
+            for transport in ("http", "process_group"):
+                block = drawn.replace("--state-gib 1", f"--state-gib 0.125 --transport {transport}")
+                block = block.replace("gigabyte", transport).replace("step_times", f"{path}/{transport}")
+                shells[transport] = [Shell(block, running.address, "set by the block", path / transport)]
             yield shells
         finally:
             for shell in (shell for pair in shells.values() for shell in pair):
@@ -147,3 +154,22 @@ def test_a_group_that_comes_ten_seconds_later_takes_the_state_over(outputs: dict
     ends = [re.findall(r"the end: (.*)", text) for text in (early, late)]
     assert ends[0] == ends[1]
     assert len(ends[0]) == 1
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize(("transport", "names"), [("http", {"http", "memory"}), ("process_group", {"process_group"})])
+def test_the_step_times_around_the_join_are_drawn_and_the_lighthouse_has_seen_the_recovery(
+    outputs: dict[str, list[Shell]], transport: str, names: set[str]
+) -> None:
+    (shell,) = outputs[transport]
+    text = shell.wait()
+    assert shell.process.returncode == 0, text
+    ends = re.findall(r"the end: (.*)", text)
+    assert len(ends) == 2
+    assert ends[0] == ends[1]
+    assert shell.path.with_name(f"{transport}.png").read_bytes().startswith(b"\x89PNG\r\n")
+    with subscribe_events(lighthouse=shell.address, job_id=transport, after="oldest", follow=False) as events:
+        (ended,) = [event for event in events if event.kind is EventKind.RECOVERY_ENDED]
+    assert (ended.member, ended.donors, ended.outcome) == ("1#2", ("0#1",), "done")
+    assert ended.done_bytes == ended.total_bytes > 1 << 27
+    assert set(ended.transport.split("+")) <= names

@@ -118,6 +118,19 @@ def line(event: JobEvent) -> str:
         words.append(event.rank)
     if event.culprit:
         words.append("the others wait for it" if event.culprit == event.rank else f"it waits for {event.culprit}")
+    if event.donors:
+        words.append("from " + ", ".join(event.donors))
+    if event.total_bytes:
+        words.append(f"{event.done_bytes / 1e6:.2f} of {event.total_bytes / 1e6:.2f} MB in {event.seconds:.3f} s")
+    if event.transport:
+        words.append(f"by {event.transport}")
+    words += [f"{what} {count}" for what, count in _counts(event) if count]
+    if event.outcome:
+        words.append(event.outcome)
     if event.evidence:
         words.append(f"({event.evidence})")
     return "  ".join(words)
+
+
+def _counts(event: JobEvent) -> list[tuple[str, int]]:
+    return [("retries", event.retries), ("digest errors", event.digest_errors)]

@@ -218,6 +218,15 @@ class GroupStage(Stage):
     def _machine(self, name: str) -> ReplicaState:
         return self.followers[name].replica if name in self.followers else self.actors[name].replica
 
+    def _replica_of(self, name: str) -> ReplicaState:
+        return self._machine(name)
+
+    def _did(self, name: str, effects: list[Effect]) -> None:
+        if name in self.followers:
+            self._follower_did(self.followers[name], effects)
+        else:
+            super()._did(name, effects)
+
     def _names_of(self, leader: Actor) -> list[str]:
         return [leader.name, *(follower.name for follower in self._followers_of(leader))]
 

@@ -50,8 +50,10 @@ from everstep.core.moves import (
 )
 from everstep.core.recovery_plan import Claim
 from everstep.core.replica import Replica
+from everstep.core.replica_state import ReplicaState
 from everstep.core.types import MemberId, Quorum, QuorumId
 from tests.core.described import described, fields, listed
+from tests.core.recoveries import Recoveries, shown
 
 
 @dataclasses.dataclass
@@ -81,6 +83,7 @@ class Stage:
         self._links = self._starts = 0
         self._votes: dict[QuorumId, dict[MemberId, VoteCast]] = {}
         self._lines: list[str] = []
+        self._recoveries = Recoveries()
 
     def run(self, line: str) -> str:
         command, *words = line.split()
@@ -204,6 +207,18 @@ class Stage:
             assert quorum is not None
             self._tell(self.actors[name], StateRecovered(quorum.id))
 
+    def do_fetch(self, name: str, *words: str) -> None:
+        replica = self._replica_of(name)
+        self._did(name, replica.show_recovery(self._recoveries.fetch(name, replica, self.now, words), self.now))
+
+    def do_fetched(self, name: str, *words: str) -> None:
+        replica = self._replica_of(name)
+        self._did(name, replica.show_recovery(self._recoveries.fetched(name, replica, self.now, words), self.now))
+
+    def do_recoveries(self) -> None:
+        assert self.lighthouse is not None
+        self._lines += shown(self.lighthouse, self.now)
+
     def do_reduce(self, *names: str) -> None:
         for name in names:
             quorum = self.actors[name].replica.quorum
@@ -285,6 +300,12 @@ class Stage:
             self._write(f"{actor.name} {replica.member}: {where} {' '.join(flags)}; {type(move).__name__}{why}")
 
     # ---- plumbing
+
+    def _replica_of(self, name: str) -> ReplicaState:
+        return self.actors[name].replica
+
+    def _did(self, name: str, effects: list[Effect]) -> None:
+        self._member_did(self.actors[name], effects)
 
     def _workers_of(self, process: str) -> tuple[str, ...]:
         return ()

@@ -7,11 +7,13 @@ import socket
 import urllib.request
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from everstep import __version__
 from everstep.core.messages import Refused, Switch
-from everstep.core.types import RefusalCode
+from everstep.core.recovery_report import RecoveryReport
+from everstep.core.types import QuorumId, RefusalCode
 from everstep.exit_codes import ExitCode
 from tests.link.parties import TOKEN, Member, Party
 from tests.support import proc
@@ -118,8 +120,15 @@ def test_events_and_drain_show_and_ask_what_a_job_does(spawn: Spawner) -> None:
         with Member(f"http://{address}", "b", expected_replicas=2) as b:
             assert "2 members: a#1, b#2" in reader.expect_line("job-founded")
             b.events.expect("message", lambda seen: isinstance(seen.value, Switch))
-            showing = spawn(["-m", "everstep.cli", "status", *where], env=CLEAN)
+            with b.lock:
+                report = RecoveryReport(quorum_id=QuorumId(1, 1), step=0, donors=("a#1",), total_bytes=2_000_000_000)
+                report = msgspec.structs.replace(report, done_bytes=512_000_000, bytes_per_s=430_000_000, retries=1)
+                b.driver.run(lambda now: b.replica.show_recovery(report, now))
+            assert "step 0  from a#1  512.00 of 2000.00 MB" in reader.expect_line("recovery-started")
+            assert reader.expect_line("recovery-retried").endswith("retries 1")
+            showing = spawn(["-m", "everstep.cli", "status", *where], env=CLEAN | {"COLUMNS": "160"})
             assert showing.expect_line("quorum 1.1, 0 failures")
+            assert "starting (512 of 2000 MB, 430 MB/s, from a#1, retries 1)" in showing.expect_line("b ")
             assert showing.expect_line("seconds of each group")
             assert showing.wait() == 0
             asking = spawn(["-m", "everstep.cli", "drain", "b", *where], env=CLEAN)

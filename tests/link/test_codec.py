@@ -21,6 +21,7 @@ from everstep.core.messages import (
     Waiting,
     Welcome,
 )
+from everstep.core.recovery_report import RecoveryReport
 from everstep.core.types import (
     Action,
     FailureRound,
@@ -35,11 +36,19 @@ from everstep.link import codec
 from tests.link.parties import hello
 
 A = MemberId("a", 3)
+FETCHING = Heartbeat(recovery=RecoveryReport(quorum_id=QuorumId(1, 2), step=3, donors=("b#2",), done_bytes=1 << 40))
 
 
 @pytest.mark.parametrize(
     "message",
-    [hello(), Ready(FailureRound(1, 2), hello().report), Failed(QuorumId(1, 2), A, "reset"), Drain(), Goodbye("done")],
+    [
+        FETCHING,
+        hello(),
+        Ready(FailureRound(1, 2), hello().report),
+        Failed(QuorumId(1, 2), A, "reset"),
+        Drain(),
+        Goodbye("done"),
+    ],
 )
 def test_a_members_message_survives_the_trip(message: ToLighthouse) -> None:
     assert codec.decode_to_lighthouse(codec.encode(message)) == message

@@ -1,5 +1,6 @@
 """Deaths while live state moves: whoever dies, the others go on, and who joins has all of the state or none."""
 
+from everstep.core.events import EventKind, JobEvent
 from tests.train.job import Job, Running, assert_same_bits
 
 WIDTH = 1024
@@ -30,6 +31,20 @@ def test_two_joiners_take_the_state_from_all_donors_at_once() -> None:
             assert "digest_errors=0" in line
             (asked,) = [line for line in joiner.logs if line.startswith("recovering step=")]
             assert asked.count("#") >= 2
+        _assert_seen(job.events(), joiners)
+
+
+def _assert_seen(events: list[JobEvent], joiners: list[Running]) -> None:
+    """One event at the start of each recovery, and one at its end that says what it took."""
+    for joiner in joiners:
+        group = str(joiner.plan.group)
+        told = [event for event in events if event.replica_id == group and event.kind.value.startswith("recovery")]
+        assert [event.kind for event in told] == [EventKind.RECOVERY_STARTED, EventKind.RECOVERY_ENDED]
+        start, end = told
+        assert len(start.donors) >= 2
+        assert (end.outcome, end.done_bytes) == ("done", end.total_bytes)
+        assert set(end.transport.split("+")) <= {"http", "memory"}
+        assert f"bytes={end.done_bytes} " in _recoveries(joiner)[0]
 
 
 def test_a_donor_that_is_killed_while_its_state_is_read_costs_the_joiner_a_new_try_and_nobody_else_anything() -> None:

@@ -47,6 +47,11 @@ class EventKind(str, enum.Enum):
 
     NODE_EXCLUDED = "node-excluded"  # a script on `node` asked for it: it stays out until the operator admits it
     NODE_ADMITTED = "node-admitted"  # the operator did
+    RECOVERY_STARTED = "recovery-started"  # a member fetches the live state of `step` from `donors`
+    RECOVERY_RETRIED = "recovery-retried"  # connections failed: at the first, and each time that `retries` has doubled
+    RECOVERY_DIGEST_ERROR = "recovery-digest-error"  # something arrived damaged, and is fetched again; told likewise
+    RECOVERY_ENDED = "recovery-ended"  # `outcome`: done, failed or cut-short; and how much, how long, how often
+
     RANK_SUSPECTED = "rank-suspected"  # `rank` of `node` is past its soft deadline
     RANK_CLEARED = "rank-cleared"  # it moves on
     RANK_HUNG = "rank-hung"  # it is past its hard deadline, and is being ended; `culprit`: whom the others wait for
@@ -87,6 +92,14 @@ class JobEvent(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     culprit: str = ""  # the rank of the node that the others wait for, where it can be told
     waiting: tuple[str, ...] = ()  # ranks that wait for it
     stacks: str = ""  # of the rank, cut to a bound
+    donors: tuple[str, ...] = ()  # of a recovery, those that still serve it
+    done_bytes: int = 0
+    total_bytes: int = 0
+    seconds: float = 0.0  # since the recovery began
+    retries: int = 0
+    digest_errors: int = 0
+    transport: str = ""
+    outcome: str = ""
 
     @property
     def member(self) -> str:

@@ -52,6 +52,7 @@ from everstep.core.moves import (
     VoteCast,
     Wait,
 )
+from everstep.core.recovery_report import RecoveryReport
 from everstep.core.replica_state import ReplicaState
 from everstep.core.types import LocalProtocolError, Phase, Quorum, QuorumId
 
@@ -114,7 +115,10 @@ class Follower(ReplicaState):
         """What this rank's training thread is doing, for the group's heartbeat."""
         own = self.heartbeat(now)
         self._beat_at = now + self.beat_interval_s
-        return RankBeat(own.activity, own.activity_s, own.section, own.longest_s)
+        return RankBeat(own.activity, own.activity_s, own.section, own.longest_s, own.recovery)
+
+    def show_recovery(self, report: RecoveryReport, now: float) -> list[Effect]:
+        return [Tell(self.beat(now))] if self._is_turn(report) else []
 
     @property
     def beat_after_s(self) -> float:

@@ -9,6 +9,7 @@ import msgspec
 
 from everstep.core.messages import Activity, Refused
 from everstep.core.recovery_plan import RecoveryPlan
+from everstep.core.recovery_report import RecoveryReport
 from everstep.core.types import FailureRound, Lineage, MemberId, Quorum, QuorumId
 
 
@@ -50,6 +51,7 @@ class RankBeat(msgspec.Struct, frozen=True, array_like=True, tag="beat"):
     activity_s: float = 0.0
     section: str = ""
     longest_s: float = 0.0
+    recovery: RecoveryReport | None = None
 
 
 class RankFroze(msgspec.Struct, frozen=True, array_like=True, tag="froze"):

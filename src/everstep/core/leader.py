@@ -61,6 +61,7 @@ from everstep.core.moves import (
     VoteCast,
     Wait,
 )
+from everstep.core.recovery_report import RecoveryReport
 from everstep.core.replica import Replica
 from everstep.core.tally import OWN, Tally
 from everstep.core.types import LocalProtocolError, Phase, Quorum, QuorumId
@@ -105,6 +106,9 @@ class Leader(Replica):
     def heartbeat(self, now: float) -> Heartbeat:
         """The group's."""
         return self._vouching.heartbeat(super().heartbeat(now))
+
+    def show_recovery(self, report: RecoveryReport, now: float) -> list[Effect]:
+        return self._finish(super().show_recovery(report, now), now)
 
     # ---- what the training thread asks
 

@@ -37,6 +37,7 @@ from everstep.core.messages import (
 from everstep.core.overview import overview
 from everstep.core.progress import ProgressJudge
 from everstep.core.reconfiguration import Reconfigurer
+from everstep.core.recovery_book import RecoveryBook
 from everstep.core.roster import Peer, Roster
 from everstep.core.types import MemberId, QuorumId, RefusalCode
 from everstep.core.worker_book import WorkerBook
@@ -111,6 +112,7 @@ class LighthouseMachine:
         self._changes = Reconfigurer(self._state, self._roster, self._joiners, self._progress)
         self._founding = FoundingDesk(self._state, self._roster, self._joiners)
         self._books = Books()
+        self._recoveries = RecoveryBook()
         self._ends_at: float | None = None  # everybody left or is gone; who is gone has until then to come back
         self._witnessed: dict[MemberId, None] = {}  # named by a failed collective since the last quorum
         self._crashes = CrashDesk(config.crash_policy)
@@ -215,6 +217,7 @@ class LighthouseMachine:
                 if state.is_current(peer.member):
                     self._crashes.heard(peer.member.replica_id, peer.hello.nonce, message.steps, message.step)
                 self._books.heard(peer.member.replica_id, peer.hello.nonce, message.spent, now)
+                out += self._recoveries.heard(peer.member, message.recovery)
                 out += self._judge_progress(peer, message, now)
             case Ready():
                 if self._state.round is not None and message.round == self._state.round.id:
@@ -367,7 +370,8 @@ class LighthouseMachine:
             self._detector.forget(member)
             self._roster.forget(member)
         self._joiners.pop(member, None)
-        return self._admission.admit_contenders_of(member.replica_id, now)
+        out = self._recoveries.gone(member, "its link to the lighthouse closed")
+        return out + self._admission.admit_contenders_of(member.replica_id, now)
 
     # ---- for people
 
@@ -383,7 +387,7 @@ class LighthouseMachine:
     def status(self, now: float) -> dict[str, object]:
         """Plain JSON values: the quorum, the round, a row a peer, and each group's ledger."""
         return {
-            **overview(self._state, self._roster, self._joiners, now),
+            **overview(self._state, self._roster, self._joiners, self._recoveries, now),
             "ledger": {name: self._books.statement(name) for name in self._books.groups},
             "held": self.held(now),
         }

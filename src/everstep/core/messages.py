@@ -12,6 +12,7 @@ import msgspec
 
 from everstep.core.ledger import Spent
 from everstep.core.node_messages import ToNode
+from everstep.core.recovery_report import RecoveryReport
 from everstep.core.types import (
     Action,
     FailureRound,
@@ -120,6 +121,7 @@ class Heartbeat(msgspec.Struct, frozen=True, tag="heartbeat"):
     steps: int = 0  # committed in this process
     longest_s: float = 0.0  # that it computed between two collectives lately
     spent: Spent = Spent()  # where the training thread's time went
+    recovery: RecoveryReport | None = None  # while it fetches live state, and a little longer
 
 
 class Drain(msgspec.Struct, frozen=True, tag="drain"):

@@ -3,13 +3,17 @@
 from collections.abc import Collection
 
 from everstep.core.lighthouse_state import JobState
+from everstep.core.recovery_book import RecoveryBook
 from everstep.core.roster import Peer, Roster
 from everstep.core.types import MemberId, Phase
 
 
-def overview(state: JobState, roster: Roster, joiners: Collection[MemberId], now: float) -> dict[str, object]:
+def overview(
+    state: JobState, roster: Roster, joiners: Collection[MemberId], recoveries: RecoveryBook, now: float
+) -> dict[str, object]:
     """Plain JSON values, with a row for each process that said Hello."""
-    rows = [_row(peer, _standing(peer, state, joiners), now) for peer in roster.peers()]
+    peers = roster.peers()
+    rows = [{**_row(p, _standing(p, state, joiners), now), "recovery": recoveries.status(p.member)} for p in peers]
     return {
         "epoch": state.epoch,
         "history": state.history,

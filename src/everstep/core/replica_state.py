@@ -2,9 +2,21 @@
 
 from everstep.core.group import Batch
 from everstep.core.ledger import Account, Ledger
-from everstep.core.messages import Activity, Effect, Heartbeat, Hello, MembersChange, Notice, Refused, Sever, applied
+from everstep.core.messages import (
+    Activity,
+    Effect,
+    Heartbeat,
+    Hello,
+    MembersChange,
+    Notice,
+    Refused,
+    Send,
+    Sever,
+    applied,
+)
 from everstep.core.moves import Build, Move, Recover, Reduce, ReplicaConfig, Vote, Wait
 from everstep.core.recovery_plan import Claim, RecoveryPlan, plan_recovery
+from everstep.core.recovery_report import SHOWN_S, RecoveryReport
 from everstep.core.transitions import Turn, after
 from everstep.core.types import (
     NO_ROUND,
@@ -66,6 +78,8 @@ class ReplicaState:
         self._pause = (0.0, 0.0)  # the last: until when, and how long
         self._sections: tuple[str, ...] = ()
         self._had_section = False  # since it began to compute
+        self._recovery: RecoveryReport | None = None  # the latest
+        self._recovery_until = 0.0  # heartbeats carry it until then
         self.ledger = Ledger()
         self._is_disturbed = False  # by a failure, since the training thread computed last
         self._round_booked = NO_ROUND
@@ -114,10 +128,6 @@ class ReplicaState:
         self._had_section = True
         self._sections = (*self._sections, name)
 
-    def rename_section(self, name: str) -> None:
-        """The innermost one has come further. Any thread while the training thread is in it."""
-        self._sections = (*self._sections[:-1], name)
-
     def close_section(self, now: float) -> None:
         self._sections = self._sections[:-1]
         if self._doing[0] is Activity.COMPUTING:
@@ -139,7 +149,23 @@ class ReplicaState:
             steps=self._steps,
             longest_s=self._longest_s,
             spent=self.ledger.spent(now),
+            recovery=self._recovery_now(now),
         )
+
+    def show_recovery(self, report: RecoveryReport, now: float) -> list[Effect]:
+        """Any thread, under the lock: how the fetch at hand goes. Its beginning and its end are told at once."""
+        is_turn = self._is_turn(report)
+        return [Send(self.heartbeat(now))] if is_turn and self._beat_at is not None else []
+
+    def _is_turn(self, report: RecoveryReport) -> bool:
+        before, self._recovery = self._recovery, report
+        return before is None or (before.quorum_id, before.outcome) != (report.quorum_id, report.outcome)
+
+    def _recovery_now(self, now: float) -> RecoveryReport | None:
+        """In a group it is kept until every rank has its part, and the group holds the state."""
+        if self.lineage is None:
+            self._recovery_until = now + SHOWN_S
+        return self._recovery if now < self._recovery_until else None
 
     # ---- questions
 

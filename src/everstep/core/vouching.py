@@ -11,6 +11,7 @@ import msgspec
 
 from everstep.core.group import RankBeat
 from everstep.core.messages import Activity, Heartbeat, Hello, Ready, Send
+from everstep.core.recovery_report import merged
 from everstep.core.types import NO_ROUND, FailureRound, MemberId
 
 SILENT_AFTER_S = 0.5  # before Welcome has told the interval
@@ -40,9 +41,9 @@ class Vouching:
         busy = [doing for doing in doings if doing[0] is not Activity.WAITING] or doings
         activity, activity_s, section = max(busy, key=lambda doing: (bool(doing[2]), doing[1]))
         longest_s = max([own.longest_s, *(beat.longest_s for beat in beats)])
-        return msgspec.structs.replace(
-            own, activity=activity, activity_s=activity_s, section=section, longest_s=longest_s
-        )
+        recovery = merged([own.recovery, *(beat.recovery for beat in beats)])
+        doing = {"activity": activity, "activity_s": activity_s, "section": section}
+        return msgspec.structs.replace(own, **doing, longest_s=longest_s, recovery=recovery)
 
     def froze(self, rank: int, round_: FailureRound) -> None:
         self._froze[rank] = max(round_, self._froze[rank])

@@ -12,11 +12,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from everstep.core.events import EventKind, JobEvent
 from everstep.demo.display import Display
 from everstep.demo.job import Job, Report
 from everstep.errors import EverstepError
 from everstep.link.auth import Credentials
 from everstep.link.dial import LinkTarget
+from everstep.link.events import Subscription
 from everstep.link.operate import job_status
 
 GROUPS = 3
@@ -55,7 +57,10 @@ class Group:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Summary:
-    """`restart_s`: from the SIGKILL until its script ran again; `rejoin_s`: from then to its first commit."""
+    """`restart_s`: from the SIGKILL until its script ran again; `rejoin_s`: from then to its first commit.
+
+    `recovery_s` is the part of that in which it fetched `recovered_bytes` from `recovery_donors`.
+    """
 
     groups: int
     steps: int
@@ -63,6 +68,10 @@ class Summary:
     steps_lost: int
     restart_s: float
     rejoin_s: float
+    recovered_bytes: int
+    recovery_s: float
+    recovery_donors: tuple[str, ...]
+    recovery_transport: str
     replicas_identical: bool
     loss_first: float
     loss_last: float
@@ -86,6 +95,7 @@ class Demo:
         self._step_at_kill = 0
         self._stop_step = 0
         self._ledger: dict[str, dict[str, float]] = {}
+        self._recovery: JobEvent | None = None
 
     def run(self) -> Summary:
         with tempfile.TemporaryDirectory(prefix="everstep-demo-", ignore_cleanup_errors=True) as name:
@@ -94,6 +104,7 @@ class Demo:
                 self._conduct(job)
                 assert self._lighthouse is not None
                 self._ledger = job_status(self._lighthouse)["ledger"]
+                self._look_for_recovery()
                 code = job.finish()
                 if code != 0:
                     raise DemoFailed(f"the agent ended with {code}; the end of its log:\n{job.last_lines()}")
@@ -123,7 +134,21 @@ class Demo:
             wait_s = 0.2 if kill_at is None or self._act is not Act.TOGETHER else max(0.0, kill_at - now)
             for report in job.reports(min(0.2, wait_s)):
                 self._take(report, job)
+            if self._act is Act.FINISH and self._recovery is None:
+                self._look_for_recovery()
             self._display.show(self._groups, self._act.value)
+
+    def _look_for_recovery(self) -> None:
+        """How the killed group got its state back; by the time that it trains again the lighthouse knows, or soon."""
+        assert self._lighthouse is not None
+        if self._recovery is not None:
+            return
+        kinds = {EventKind.RECOVERY_ENDED}
+        with Subscription(self._lighthouse, after="oldest", follow=False, kinds=kinds) as events:
+            ends = [event for event in events if event.replica_id == str(self._victim) and event.outcome == "done"]
+        if ends and ends[-1].step:  # not that of the first weights, when the job began
+            self._recovery = ends[-1]
+            self._display.say(f"group {self._victim} has taken its peers' live state over: {transfer(self._recovery)}")
 
     def _kill(self) -> None:
         self._act = Act.APART
@@ -187,6 +212,7 @@ class Demo:
 
     def _summary(self) -> Summary:
         survivors = [group for group in self._groups if group.number != self._victim]
+        recovery = self._recovery or JobEvent(kind=EventKind.RECOVERY_ENDED)
         pauses = [g.next_commit_at - self._killed_at for g in survivors if g.next_commit_at is not None]
         return Summary(
             groups=GROUPS,
@@ -195,6 +221,10 @@ class Demo:
             steps_lost=sum(group.aborted_after_kill for group in survivors),
             restart_s=round(self._restarted_at - self._killed_at, 3),
             rejoin_s=round(self._rejoined_at - self._restarted_at, 3),
+            recovered_bytes=recovery.done_bytes,
+            recovery_s=recovery.seconds,
+            recovery_donors=recovery.donors,
+            recovery_transport=recovery.transport,
             replicas_identical=len({group.digest for group in self._groups}) == 1,
             loss_first=round(self._groups[0].first_loss or float("nan"), 4),
             loss_last=round(self._groups[0].loss, 4),
@@ -202,13 +232,23 @@ class Demo:
         )
 
 
+def transfer(recovery: JobEvent) -> str:
+    """What moved, how fast, and from where."""
+    rate = recovery.done_bytes / 1e6 / recovery.seconds if recovery.seconds > 0 else 0.0
+    donors = " and ".join(donor.partition("#")[0] for donor in recovery.donors)
+    mb, ms = recovery.done_bytes / 1e6, recovery.seconds * 1e3
+    return f"{mb:.1f} MB in {ms:.0f} ms ({rate:.0f} MB/s) from groups {donors}, by {recovery.transport}"
+
+
 def describe(summary: Summary) -> str:
+    mb, ms = summary.recovered_bytes / 1e6, summary.recovery_s * 1e3
+    moved = f" ({mb:.1f} MB from {len(summary.recovery_donors)} groups in {ms:.0f} ms)" if mb else ""
     same = "hold the same bits" if summary.replicas_identical else "DIFFER: this is a bug, please report it"
     return (
         f"\nThe survivors committed their next step {summary.survivor_pause_s * 1e3:.0f} ms after the SIGKILL.\n"
         f"Computed steps lost: {summary.steps_lost}.\n"
         f"The killed group ran again {summary.restart_s * 1e3:.0f} ms after it; "
-        f"{summary.rejoin_s:.2f} s later it was back, with its peers' live state.\n"
+        f"{summary.rejoin_s:.2f} s later it was back, with its peers' live state{moved}.\n"
         f"After step {summary.steps} all {summary.groups} replicas {same}; "
         f"loss {summary.loss_first:.2f} -> {summary.loss_last:.2f}."
     )

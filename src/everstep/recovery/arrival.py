@@ -1,5 +1,6 @@
 """A state as it arrives at a joiner, chunk by chunk: what a transport of one's own fills and has verified."""
 
+import time
 from collections.abc import Mapping
 
 from everstep.errors import RecoveryFailed
@@ -45,7 +46,7 @@ class Arrival:
             raise RecoveryFailed(f"no memory for a state of {said.total_bytes} bytes: {error}") from error
         self._chunks = list(self._assembly.chunks())
         self._is_missing = [True] * len(self._chunks)
-        self.report.total_bytes = said.total_bytes
+        self.report.total_bytes, self.report.prepared_at = said.total_bytes, time.monotonic()
 
     def chunk(self, index: int) -> list[memoryview]:
         """The pieces of memory for its bytes, one after another, writable."""

@@ -148,7 +148,7 @@ class Gathering:
         for number, source in enumerate(self.sources):
             if source.is_lost:
                 self._board.lose(number)
-        self.report.total_bytes = manifest.total_bytes
+        self.report.total_bytes, self.report.prepared_at = manifest.total_bytes, time.monotonic()
 
     def _is_like_ours(self, manifest: Manifest) -> bool:
         return have_same_layout(manifest, self._layout)
@@ -234,12 +234,12 @@ class Gathering:
     def ended(self, number: int) -> bool:
         """Its connection failed; returns whether that was because it was robbed."""
         with self.changed:
-            self.report.retries += 1
-            if self._board is None:
-                return False
-            self._board.give_back(number)
-            self.changed.notify_all()
-            return self._board.is_slow(number)
+            was_robbed = self._board is not None and self._board.is_slow(number)
+            self.report.retries += not (was_robbed or self.is_over)
+            if self._board is not None:
+                self._board.give_back(number)
+                self.changed.notify_all()
+            return was_robbed
 
     def lose(self, number: int, error: EverstepError) -> None:
         with self.changed:

@@ -8,10 +8,12 @@ from typing import Protocol
 
 from everstep.core.moves import Recover
 from everstep.core.recovery_plan import RecoveryPlan
+from everstep.core.recovery_report import RecoveryReport
 from everstep.core.types import MemberId
 from everstep.errors import ConfigError, RecoveryFailed, RemoteProtocolError
-from everstep.recovery import Arrival, FetchReport, InPlace, Landing, Snapshot
+from everstep.recovery import Arrival, Fetching, FetchReport, InPlace, Landing, Snapshot, Transfer
 from everstep.train.presence import Presence
+from everstep.train.recovery_watch import RecoveryWatch
 from everstep.train.transports import Roll
 
 
@@ -66,6 +68,7 @@ class Fetched:
     state: dict[str, object]
     step: int
     source: MemberId
+    prepare_ms: float  # a part of fetch_ms: until bytes could move
     fetch_ms: float
     report: FetchReport
 
@@ -77,6 +80,7 @@ class Recovery:
         self._presence = presence
         self._state = state
         self._offered: tuple[str, Snapshot] | None = None
+        self._offer_said = ""  # of the offer: which step, to whom
         self._fetched: Fetched | None = None
         self._is_torn = False  # this member's own tensors hold neither the old state nor a new one
 
@@ -85,6 +89,7 @@ class Recovery:
 
         `is_lent`: `await_joiners` follows, before anything changes; otherwise they get a copy.
         """
+        self._offer_said = ""
         transfers = roll.donations(plan)
         if not transfers:
             return
@@ -93,13 +98,8 @@ class Recovery:
         self._offered = transfers[0].key, snapshot
         self._presence.transport.offer(snapshot, transfers)
         names = ",".join(transfer.joiner.name for transfer in transfers)
-        self._presence.log.info(
-            "offering step=%d to=%s bytes=%d snapshot_ms=%.1f",
-            plan.lineage.step,
-            names,
-            snapshot.total_bytes,
-            (time.monotonic() - started_at) * 1e3,
-        )
+        self._offer_said = f"step={plan.lineage.step} to={names} bytes={snapshot.total_bytes}"
+        self._presence.log.info("offering %s snapshot_ms=%.1f", self._offer_said, (time.monotonic() - started_at) * 1e3)
 
     def await_joiners(self) -> None:
         """Keep still until they have the state: what they read are the live tensors.
@@ -107,13 +107,16 @@ class Recovery:
         It costs no step any time: the step at hand cannot commit before they have it and contribute. Raises as a
         collective does; then, too, nobody reads any more what may change from here on.
         """
+        started_at = time.monotonic()
         with self._presence.changed:
             replica = self._presence.replica
-            replica.book(replica.next_move(), time.monotonic())
+            replica.book(replica.next_move(), started_at)
         try:
             self.meet()
         finally:
             self.withdraw()
+        if self._offer_said:
+            self._presence.log.info("sent %s send_ms=%.1f", self._offer_said, (time.monotonic() - started_at) * 1e3)
 
     def meet(self) -> None:
         """Of donors and joiners. However long: who dies ends it, or the notice of his death, where it is heeded."""
@@ -148,10 +151,10 @@ class Recovery:
         names = ",".join(donor.name for donor in transfer.donors)
         self._presence.log.info("recovering step=%d from=%s", move.lineage.step, names)
         is_in_place = self._may_overwrite(move)
-        arrival = Arrival(own, InPlace(own) if is_in_place else Landing(), self._show_progress)
+        arrival = Arrival(own, InPlace(own) if is_in_place else Landing())
         fetch = self._presence.transport.fetch(transfer, arrival)
         try:
-            with self._presence.fetching(fetch, move.quorum.id), self._shown():
+            with self._presence.fetching(fetch, move.quorum.id), self._shown(), self._watch(move, transfer, fetch):
                 self._is_torn |= is_in_place
                 state = fetch.run()
         except RemoteProtocolError as error:  # from something else at that address, or a broken peer: ask again
@@ -159,7 +162,12 @@ class Recovery:
         self._state.check(state)
         fetch_ms = (time.monotonic() - started_at) * 1e3
         self._fetched = Fetched(
-            state=state, step=move.lineage.step, source=source.id, fetch_ms=fetch_ms, report=fetch.report
+            state=state,
+            step=move.lineage.step,
+            source=source.id,
+            prepare_ms=max(0.0, fetch.report.prepared_at - started_at) * 1e3,
+            fetch_ms=fetch_ms,
+            report=fetch.report,
         )
 
     def _may_overwrite(self, move: Recover) -> bool:
@@ -182,9 +190,31 @@ class Recovery:
         finally:
             replica.close_section(time.monotonic())
 
-    def _show_progress(self, done: int, total: int) -> None:
-        """On a thread of the fetch."""
-        self._presence.replica.rename_section(f"state: {done / 1e6:.0f} of {total / 1e6:.0f} MB")
+    def _watch(self, move: Recover, transfer: Transfer, fetch: Fetching) -> RecoveryWatch:
+        return RecoveryWatch(
+            first=RecoveryReport(quorum_id=move.quorum.id, step=move.lineage.step),
+            names={donor.address or donor.name: donor.name for donor in transfer.donors},
+            transport=self._presence.transport.name,
+            fetch=fetch.report,
+            show=self._show,
+        )
+
+    def _show(self, report: RecoveryReport, is_line: bool) -> None:
+        """In the heartbeats, and in the log of a long one."""
+        presence = self._presence
+        presence.run(lambda now: presence.replica.show_recovery(report, now))
+        if is_line:
+            presence.log.info(
+                "recovering step=%d bytes=%d of=%d mb_s=%.1f from=%s seconds=%.1f retries=%d digest_errors=%d",
+                report.step,
+                report.done_bytes,
+                report.total_bytes,
+                report.bytes_per_s / 1e6,
+                ",".join(report.donors) or "nobody",
+                report.seconds,
+                report.retries,
+                report.digest_errors,
+            )
 
     def apply(self) -> None:
         """Put the state fetched last in place."""
@@ -195,9 +225,11 @@ class Recovery:
         self._is_torn = False
         report = fetched.report
         self._presence.log.info(
-            "recovered step=%d from=%s fetch_ms=%.1f apply_ms=%.1f bytes=%d donors=%d retries=%d digest_errors=%d",
+            "recovered step=%d from=%s prepare_ms=%.1f fetch_ms=%.1f apply_ms=%.1f bytes=%d donors=%d retries=%d "
+            "digest_errors=%d",
             fetched.step,
             fetched.source,
+            fetched.prepare_ms,
             fetched.fetch_ms,
             (time.monotonic() - started_at) * 1e3,
             report.total_bytes,
