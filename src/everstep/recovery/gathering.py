@@ -146,7 +146,7 @@ class Gathering:
         if request.expected is not None:
             check_fit(build(manifest, plain_leaf), request.expected, request.same_keys_under)
         try:
-            self.assembly = Assembly(manifest, self._landing)
+            self.assembly = Assembly(manifest, self._landing, request.expected)
         except (RuntimeError, MemoryError) as error:  # torch's allocator raises RuntimeError
             raise RecoveryFailed(f"no memory for a state of {manifest.total_bytes} bytes: {error}") from error
         self._pieces = list(self.assembly.chunks())
