@@ -32,7 +32,7 @@ def spread(local: torch.Tensor, mesh: DeviceMesh, rows: int = 8, first: Any = Sh
 def test_the_local_part_travels_and_lands_in_the_joiners(mesh: DeviceMesh) -> None:
     theirs = {"model": {"w": spread(torch.arange(8.0).view(2, 4), mesh)}, "moments": [spread(torch.ones(2, 4), mesh)]}
     local = torch.zeros(2, 4)
-    own = {"model": {"w": torch.nn.Parameter(spread(local, mesh))}, "moments": []}
+    own: Any = {"model": {"w": torch.nn.Parameter(spread(local, mesh))}, "moments": []}
     with serving(snapshot := Snapshot.lend(theirs)) as (_, url):
         assert snapshot.total_bytes == 2 * local.nbytes
         state: Any = Fetch(request_to(url, expected=own), landing=InPlace(own)).run()

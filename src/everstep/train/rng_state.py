@@ -17,7 +17,7 @@ class RngState:
 
     def state_dict(self) -> dict[str, object]:
         state: dict[str, object] = {"torch": torch.get_rng_state(), "python": random.getstate()}
-        if torch.cuda.is_initialized():
+        if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
             state["cuda"] = torch.cuda.get_rng_state()
         numpy = sys.modules.get("numpy")  # who has not imported it has drawn nothing from it
         if numpy is not None:
