@@ -229,9 +229,9 @@ class Gathering:
             self._tell()
 
     def wait_until_needed(self, number: int) -> bool:
-        """False when it is over; a source that was robbed waits until nobody else is left."""
+        """False when it is over, or all is there; a source that was robbed waits until nobody else is left."""
         with self.changed:
-            while not self.is_over:
+            while not self.is_over and not self.is_complete:
                 others = [s for n, s in enumerate(self.sources) if n != number and not s.is_lost]
                 if self._board is None or not self._board.is_slow(number) or not others:
                     return True
