@@ -12,9 +12,9 @@ from everstep.recovery.board import Board
 from everstep.recovery.fit import check_fit
 from everstep.recovery.landing import Landing
 from everstep.recovery.manifest import Manifest, build, have_same_layout
+from everstep.recovery.readers import Readers, reader_count
 from everstep.recovery.request import FetchRequest, Progress
 from everstep.recovery.same_host import PeerMemory
-from everstep.recovery.snapshot import digest_of
 from everstep.recovery.source import Damaged, SourceConnection
 
 logger = logging.getLogger("everstep.recovery")
@@ -361,20 +361,22 @@ class Worker:
 
     def _read(self, connection: SourceConnection, memory: PeerMemory, todo: tuple[range, Manifest, str]) -> None:
         """From the source's memory, while it computes the digests."""
+        gathering = self._gathering
         chunks, manifest, snapshot_id = todo
         connection.ask_for_digests(snapshot_id, chunks)
+        gathering.report.transport[connection.url] = "memory"
         left = iter(chunks)
-        self._gathering.report.transport[connection.url] = "memory"
-        for digests in connection.digests(len(chunks)):
-            for sent, chunk in zip(digests, left, strict=False):
-                pieces = self._gathering.pieces_of(chunk)
-                try:
-                    memory.read(*manifest.chunk_range(chunk), pieces)
-                except PermissionError:
-                    self._may_read_memory = False
-                    raise
-                self._gathering.landed(self._number, chunk, sent, digest_of(pieces))
-                self._failures = 0
+        with Readers(memory, manifest, gathering.pieces_of) as readers:
+            readers.start(chunks, reader_count(len(gathering.sources)))
+            for digests in connection.digests(len(chunks)):
+                for sent, chunk in zip(digests, left, strict=False):
+                    try:
+                        computed = readers.digest_of(chunk)
+                    except PermissionError:
+                        self._may_read_memory = False
+                        raise
+                    gathering.landed(self._number, chunk, sent, computed)
+                    self._failures = 0
 
     def _pause(self, seconds: float) -> None:
         if seconds > 0:

@@ -27,6 +27,7 @@ class Wire:
         self._socket = sock
         self._stall_timeout_s = stall_timeout_s
         self._closing = threading.Lock()  # or `shut` could hit another socket that was given the same number
+        self._limits: dict[int, float] = {}  # as set, by option
         self._ahead = b""  # received with a head, belongs to the body
 
     def open(self) -> None:
@@ -109,6 +110,9 @@ class Wire:
         self._limit(socket.SO_RCVTIMEO, min(self._stall_timeout_s, remaining))
 
     def _limit(self, option: int, seconds: float) -> None:
+        if self._limits.get(option) == seconds:
+            return
+        self._limits[option] = seconds
         microseconds = max(1, round(seconds * 1e6))  # 0 would mean for ever
         self._socket.setsockopt(socket.SOL_SOCKET, option, struct.pack("@ll", *divmod(microseconds, 1_000_000)))
 
