@@ -15,6 +15,7 @@ from everstep.errors import RecoveryFailed, RemoteProtocolError, StateMismatch, 
 from everstep.recovery import Fetch, InPlace, Limits, RecoveryServer, Snapshot
 from everstep.recovery.dtypes import DTYPES
 from everstep.recovery.manifest import decode
+from everstep.recovery.readers import Readers
 from everstep.recovery.same_host import PeerMemory, Readable
 from tests.recovery.trees import assert_same, raw_tensor
 from tests.recovery.wires import AUTH, KEY, Proxy, Running, flipping, request_to, serving, state_of
@@ -195,6 +196,22 @@ def test_a_process_of_the_same_number_elsewhere_is_not_read() -> None:
     for lie in (b"", b"\xc1", msgspec.msgpack.encode([*shown[:3], []]), msgspec.msgpack.encode([-1, *shown[1:]])):
         with pytest.raises(RemoteProtocolError):
             PeerMemory(lie, manifest)
+
+
+def test_memory_that_cannot_be_read_is_an_error_where_its_chunk_is_waited_for() -> None:
+    state = state_of(1)
+    snapshot = Snapshot.lend(state, CHUNK_BYTES)
+    manifest = decode(snapshot.manifest_bytes, Limits())
+    (address, size), half = snapshot.addresses[0], 1 << 19
+    shown = Readable().show([(address, half), (1 << 12, size - half)], os.getpid())
+    places = [[memoryview(bytearray(CHUNK_BYTES))] for _ in range(manifest.chunk_count)]
+    with Readers(PeerMemory(shown, manifest), manifest, places.__getitem__) as readers:
+        readers.start(range(manifest.chunk_count), count=3)
+        for chunk in range(half // CHUNK_BYTES):
+            assert readers.digest_of(chunk) == snapshot.digest(chunk)
+        with pytest.raises(PermissionError):
+            readers.digest_of(half // CHUNK_BYTES)
+    assert not [thread for thread in threading.enumerate() if thread.name == "everstep-fetch-memory"]
 
 
 # ---- lent, and in place

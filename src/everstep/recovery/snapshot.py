@@ -21,7 +21,7 @@ from everstep.recovery.manifest import CHUNK_BYTES_MAX, CHUNK_BYTES_MIN, Manifes
 from everstep.recovery.staging import Staging
 
 DIGEST_BYTES = 8
-BLOCK_BYTES = 512 << 10  # hashed and moved at a time: it stays in a core's cache, and the other end does not wait
+BLOCK_BYTES = 1 << 20  # hashed and moved at a time: it stays in a core's cache, and the other end does not wait
 
 
 class Snapshot:
@@ -42,6 +42,7 @@ class Snapshot:
         self._begins = list(accumulate((block.numel() for block in self._blocks), initial=0))
         on_gpu = next((block.device for block in self._blocks if block.is_cuda), None)
         self._staging = None if on_gpu is None else Staging(on_gpu)
+        self._memory = [memory_of(block) for block in self._blocks] if self._staging is None else []
         self._digests: list[bytes | None] = [None] * layout.manifest.chunk_count
 
     @classmethod
@@ -96,16 +97,18 @@ class Snapshot:
         """Its bytes, in as many pieces as they lie in."""
         begin, end = self.manifest.chunk_range(index)
         at = bisect.bisect_right(self._begins, begin) - 1
-        parts = []
+        pieces = []
+        parts = []  # of a GPU's tensors
         while begin < end:
-            block, low = self._blocks[at], begin - self._begins[at]
-            high = min(block.numel(), low + end - begin)
-            parts.append(block[low:high])
+            low = begin - self._begins[at]
+            high = min(self._begins[at + 1] - self._begins[at], low + end - begin)
+            if self._staging is None:
+                pieces.append(self._memory[at][low:high])
+            else:
+                parts.append(self._blocks[at][low:high])
             begin += high - low
             at += 1
-        if self._staging is not None and any(part.is_cuda for part in parts):
-            parts = [self._staging.gather(parts)]
-        return [memory_of(part) for part in parts]
+        return pieces if self._staging is None else [memory_of(self._staging.gather(parts))]
 
     def digest(self, index: int) -> bytes:
         """xxh3_64 of a chunk; not to be given away before a look at `is_revoked`."""

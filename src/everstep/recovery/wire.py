@@ -55,7 +55,7 @@ class Wire:
     def send(self, *buffers: bytes | memoryview) -> None:
         """All of it, however slow the reader, as long as something moves within the stall timeout."""
         for begin in range(0, len(buffers), _BUFFERS_MAX):
-            left = [memoryview(buffer) for buffer in buffers[begin : begin + _BUFFERS_MAX] if len(buffer)]
+            left: Sequence[bytes | memoryview] = buffers[begin : begin + _BUFFERS_MAX]
             while left:
                 try:
                     sent = self._socket.sendmsg(left)
@@ -117,10 +117,10 @@ class Wire:
         self._socket.setsockopt(socket.SOL_SOCKET, option, struct.pack("@ll", *divmod(microseconds, 1_000_000)))
 
 
-def _without(buffers: list[memoryview], moved: int) -> list[memoryview]:
+def _without(buffers: Sequence[bytes | memoryview], moved: int) -> list[memoryview]:
     """The rest of the buffers after `moved` bytes of them."""
     for index, buffer in enumerate(buffers):
         if moved < len(buffer):
-            return [buffer[moved:], *buffers[index + 1 :]]
+            return [memoryview(buffer)[moved:], *(memoryview(rest) for rest in buffers[index + 1 :])]
         moved -= len(buffer)
     return []
