@@ -10,17 +10,19 @@ All in one run, on loopback, each figure the median of --times rounds in which t
     growth       MiB by which the receiver's memory grew beyond the state, at its peak
     slow reader  the median step of a donor while somebody reads its snapshot with 64 KiB/s, over that without
     pause        a job of two survivors and a joiner: milliseconds that the step with the join took longer than others,
-                 less the joiner's transfer; the slower survivor's
+                 less the joiner's transfer; the slower survivor's (join_pause.py)
+    first step   seconds from a process's start to the first step that it contributed to, with 1 MB of state, less those
+                 of one that imports torch and ends (first_step.py)
 
-`--with torchft` measures the rival's transports (HTTP; process group; process group in place) as well.
+Beside each figure stand the aim and the least that will do. `--with torchft` lets the rival's transports (HTTP; process
+group; process group in place) take turns with ours.
 """
 
 import argparse
+import contextlib
 import datetime
 import json
-import logging
 import math
-import multiprocessing
 import os
 import platform
 import re
@@ -29,21 +31,25 @@ import statistics
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-import everstep as es
-from everstep.config import LighthouseSettings
-from everstep.lighthouse.app import Lighthouse
+import first_step
+from join_pause import pauses, spawn
+from rival_transfer import NAMES as RIVALS
+
 from everstep.recovery import Fetch, FetchRequest, InPlace, RecoveryServer, Snapshot
 from everstep.recovery.http import ChunksRequest
 from everstep.recovery.snapshot import memory_of
+
+if TYPE_CHECKING:
+    from rival_transfer import Receiver
 
 KEY = "bench"
 TENSORS = 64
@@ -51,8 +57,6 @@ CHUNK = 4 << 20
 SLOW_BYTES_S = 64 << 10
 DEADLINE_S = 300.0
 STEPS = 40
-
-spawn = multiprocessing.get_context("spawn")
 
 
 def state_of(mib: int, fill: int = 0) -> dict[str, Any]:
@@ -145,27 +149,38 @@ def donors(count: int, mib: int) -> Iterator[list[Donor]]:
 # ---- transfers
 
 
-def transfers(mib: int, times: int, count: int) -> dict[str, Any]:
-    own = state_of(mib)
+def transfers(mib: int, times: int, count: int, rival: "Receiver | None", own: dict[str, Any]) -> dict[str, Any]:
     touched = torch.zeros(mib << 20, dtype=torch.uint8)
+    ours = (("one", 1, False), ("donors", count, False), ("same_host", 1, True))
     seconds: dict[str, list[float]] = {"bare": [], "one": [], "donors": [], "same_host": []}
     growth: list[float] = []
     with donors(count, mib) as made:
         urls = [donor.url for donor in made]
         for _ in range(times):
             seconds["bare"].append(_bare(made[0].bare_port, touched))
-            for name, used, is_local in (("one", 1, False), ("donors", count, False), ("same_host", 1, True)):
+            for name, used, is_local in ours:
                 for donor in made[:used]:
                     donor.say("offer")
                 took_s, grown_mib = _fetch(urls[:used], own, is_local=is_local)
                 seconds[name].append(took_s)
                 growth.append(grown_mib)
-    gbs = {name: (mib << 20) / statistics.median(took) / 1e9 for name, took in seconds.items()}
-    ratio = {
-        name: statistics.median(b / t for b, t in zip(seconds["bare"], took, strict=True))
-        for name, took in seconds.items()
+            for name in RIVALS if rival is not None else ():
+                assert rival is not None
+                seconds.setdefault(f"torchft_{name}", []).append(rival.fetch(name))
+    return {
+        "gb_s": {name: (mib << 20) / statistics.median(took) / 1e9 for name, took in seconds.items()},
+        "of_bare": {name: _ratio(seconds["bare"], took) for name, took in seconds.items()},
+        "of_one": _ratio(seconds["one"], seconds["donors"]),
+        "of_rival": min(
+            (_ratio(took, seconds["one"]) for name, took in seconds.items() if "torchft" in name), default=0
+        ),
+        "growth_mib": max(growth),
     }
-    return {"gb_s": gbs, "of_bare": ratio, "growth_mib": max(growth)}
+
+
+def _ratio(theirs: list[float], ours: list[float]) -> float:
+    """How many times as fast, the median over the rounds."""
+    return statistics.median(their / our for their, our in zip(theirs, ours, strict=True))
 
 
 def _bare(port: int, target: torch.Tensor) -> float:
@@ -241,92 +256,47 @@ def _reading_slowly(url: str, target: str) -> Iterator[None]:
         thread.join()
 
 
-# ---- a job
+def measure(options: argparse.Namespace) -> dict[str, Any]:
+    own = state_of(options.mib)
+    with contextlib.ExitStack() as stack:
+        rival = None
+        if options.rival:
+            from rival_transfer import receiver
+
+            rival = stack.enter_context(receiver(options.mib, own))
+        found = transfers(options.mib, options.times, options.donors, rival, own)
+    del own
+    return found | {
+        "slow_reader": slow_reader(),
+        "pause": pauses(options.job_mib, options.times),
+        "first_step": first_step.measure(options.times),
+    }
 
 
-def train(address: str, group: int, mib: int, pipe: Any) -> None:
-    """A replica group whose steps are quick and whose state is large: most of it is frozen."""
-    torch.set_num_threads(1)
-    ballast = torch.nn.ParameterList(
-        torch.nn.Parameter(tensor.float() + group, requires_grad=False) for tensor in state_of(mib)["model"].values()
-    )
-    net = torch.nn.Linear(16, 16)
-    fetched = _Lines(pipe)
-    logging.getLogger("everstep").addHandler(fetched)
-    logging.getLogger("everstep").setLevel(logging.INFO)
-    with es.Manager(lighthouse=address, replica_group_id=group, min_replicas=2) as manager:
-        model = es.DistributedDataParallel(manager, net)
-        manager.register("ballast", ballast)
-        optimizer = es.Optimizer(manager, torch.optim.SGD(net.parameters(), lr=0.1))
-        while not pipe.poll():
-            began_at = time.monotonic()
-            optimizer.zero_grad()
-            model(torch.ones(4, 16)).sum().backward()
-            time.sleep(0.01)  # stands for an accelerator that is busy
-            optimizer.step()
-            pipe.send(("step", manager.num_participants(), time.monotonic() - began_at))
-
-
-class _Lines(logging.Handler):
-    def __init__(self, pipe: Any) -> None:
-        super().__init__()
-        self._pipe = pipe
-
-    def emit(self, record: logging.LogRecord) -> None:
-        if (found := re.search(r"recovered step=.* fetch_ms=([\d.]+)", record.getMessage())) is not None:
-            self._pipe.send(("fetched", 0, float(found[1]) / 1e3))
-
-
-def pauses(mib: int, times: int) -> dict[str, Any]:
-    found: list[float] = []
-    fetches: list[float] = []
-    for _ in range(times):
-        fetch_s, longest_s = _join_once(mib)
-        found.append((longest_s - fetch_s) * 1e3)
-        fetches.append(fetch_s * 1e3)
-    return {"beyond_ms": statistics.median(found), "worst_ms": max(found), "fetch_ms": statistics.median(fetches)}
-
-
-def _join_once(mib: int) -> tuple[float, float]:
-    """Seconds of the joiner's transfer, and by which the slower survivor's longest step exceeded its others."""
-    heard: list[list[Any]] = [[], [], []]
-    groups: list[tuple[Any, Any]] = []
-    with Lighthouse.in_thread(LighthouseSettings(port=0)) as lighthouse:
-        try:
-            groups += [_start(lighthouse.address, group, mib) for group in (0, 1)]
-            _hear(groups, heard, lambda: min(_count(heard[g], 2) for g in (0, 1)) > 50)
-            groups.append(_start(lighthouse.address, 2, mib))
-            _hear(groups, heard, lambda: min(_count(h, 3) for h in heard) > 10)
-        finally:
-            for process, pipe in groups:
-                process.kill()
-                process.join()
-                pipe.close()
-    steps = [[value for kind, _, value in heard[group][50:] if kind == "step"] for group in (0, 1)]
-    fetch_s = max(value for kind, _, value in heard[2] if kind == "fetched")
-    return fetch_s, max(max(took) - statistics.median(took) for took in steps)
-
-
-def _start(address: str, group: int, mib: int) -> tuple[Any, Any]:
-    ours, theirs = spawn.Pipe()
-    process = spawn.Process(target=train, args=(address, group, mib, theirs), daemon=True)
-    process.start()
-    theirs.close()
-    return process, ours
-
-
-def _count(heard: list[Any], participants: int) -> int:
-    return sum(kind == "step" and count == participants for kind, count, _ in heard)
-
-
-def _hear(groups: list[tuple[Any, Any]], heard: list[list[Any]], is_enough: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + DEADLINE_S
-    while not is_enough():
-        if time.monotonic() > deadline:
-            raise TimeoutError("the job does not get on")
-        for number in range(len(groups)):
-            while groups[number][1].poll(0.005):
-                heard[number].append(groups[number][1].recv())
+def tell(result: dict[str, Any], options: argparse.Namespace) -> None:
+    print(f"{datetime.date.today()}, {platform.machine()}, {os.cpu_count()} cores; {' '.join(sys.argv)}")
+    for name, rate in result["gb_s"].items():
+        print(f"{name:>24}  {rate:5.2f} GB/s  {result['of_bare'][name]:5.2f} of bare")
+    pause, first = result["pause"], result["first_step"]
+    rows = [
+        ("one donor, of bare", f"{result['of_bare']['one']:.2f}", "0.85", "0.70"),
+        (f"{options.donors} donors, of one", f"{result['of_one']:.2f}", "1.00", "1.00"),
+        ("same host, of bare", f"{result['of_bare']['same_host']:.2f}", "1.50", "1.50"),
+        ("receiver grew beyond the state, MiB", f"{result['growth_mib']:.0f}", "64", "64"),
+        ("donor's step beside a slow reader", f"{result['slow_reader']:.2f}", "1.10", "1.10"),
+        (
+            f"pause beyond {pause['fetch_ms']:.0f} ms for {options.job_mib} MiB, ms",
+            f"{pause['beyond_ms']:.0f}",
+            "30",
+            "60",
+        ),
+        (f"first step beyond {first['torch_s']:.1f} s for torch, s", f"{first['beyond_s']:.2f}", "0.3", "0.6"),
+    ]
+    if options.rival:
+        rows.insert(1, ("one donor, of torchft's best", f"{result['of_rival']:.2f}", "1.00", "0.90"))
+    print(f"\n{'':>40}  measured  aim   at least (at most)")
+    for what, measured, aim, least in rows:
+        print(f"{what:>40}  {measured:>8}  {aim:>4}  {least:>4}")
 
 
 def main() -> None:
@@ -344,27 +314,11 @@ def main() -> None:
         require()
     torch.set_num_threads(1)
     result: dict[str, Any] = {"benchmark": "live_recovery", "mib": options.mib, "donors": options.donors}
-    result |= transfers(options.mib, options.times, options.donors)
-    result["slow_reader"] = slow_reader()
-    result["pause"] = pauses(options.job_mib, options.times)
-    if options.rival:
-        from rival_transfer import measure
-
-        result["torchft_gb_s"] = measure(options.mib, options.times)
+    result |= measure(options)
     if options.json:
         print(json.dumps(result))
-        return
-    print(f"{datetime.date.today()}, {platform.machine()}, {os.cpu_count()} cores; {' '.join(sys.argv)}")
-    for name, rate in result["gb_s"].items():
-        print(f"{name:>10}  {rate:5.2f} GB/s  {result['of_bare'][name]:5.2f} of bare")
-    for name, rate in result.get("torchft_gb_s", {}).items():
-        print(f"{name:>10}  {rate:5.2f} GB/s  torchft")
-    print(f"growth beyond the state {result['growth_mib']:.0f} MiB; beside a slow reader {result['slow_reader']:.2f}")
-    pause = result["pause"]
-    print(
-        f"survivors' pause beyond the transfer {pause['beyond_ms']:.0f} ms (worst {pause['worst_ms']:.0f}), "
-        f"transfer of {options.job_mib} MiB {pause['fetch_ms']:.0f} ms"
-    )
+    else:
+        tell(result, options)
 
 
 if __name__ == "__main__":

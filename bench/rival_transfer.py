@@ -1,7 +1,8 @@
 """The rival's transports of live state, as live_recovery.py measures ours: two processes, CPU tensors, loopback."""
 
-import statistics
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
@@ -9,10 +10,12 @@ import torch
 import torch.distributed as dist
 
 TIMEOUT = timedelta(seconds=120)
+NAMES = ("http", "group", "group_in_place")
 
 
-def measure(mib: int, times: int) -> dict[str, float]:
-    """GB/s, medians: over HTTP, over a process group, and over one into tensors that are there already."""
+@contextmanager
+def receiver(mib: int, own: dict[str, Any]) -> Iterator["Receiver"]:
+    """Of a donor with so much state; `own`: where it lands in place."""
     from live_recovery import spawn
 
     store = dist.TCPStore("localhost", 0, is_master=True, timeout=TIMEOUT, wait_for_workers=False)
@@ -20,7 +23,7 @@ def measure(mib: int, times: int) -> dict[str, float]:
     donor = spawn.Process(target=donate, args=(mib, f"localhost:{store.port}", theirs), daemon=True)
     donor.start()
     try:
-        return _receive(mib, times, f"localhost:{store.port}", ours)
+        yield Receiver(f"localhost:{store.port}", ours, own)
     finally:
         ours.send("end")
         donor.join(10)
@@ -55,23 +58,24 @@ def _over_group(store: str, rank: int, state: dict[str, Any] | None) -> Any:
     return PGTransport(group, TIMEOUT, torch.device("cpu"), in_place)
 
 
-def _receive(mib: int, times: int, store: str, pipe: Any) -> dict[str, float]:
-    from live_recovery import state_of
-    from torchft.checkpointing.http_transport import HTTPTransport
+class Receiver:
+    """`fetch` one of NAMES, in seconds."""
 
-    own = state_of(mib)
-    in_place = _over_group(store, 1, own)
-    address = pipe.recv()
-    http = HTTPTransport(TIMEOUT, num_chunks=0)
-    took: dict[str, list[float]] = {"http": [], "group": [], "group_in_place": []}
-    for _ in range(times):
-        for name, seconds in took.items():
-            pipe.send(name)
-            if name == "http":
-                pipe.recv()
-            in_place._state_dict = (lambda: own) if name == "group_in_place" else None
-            transport = http if name == "http" else in_place
-            began_at = time.perf_counter()
-            transport.recv_checkpoint(src_rank=0, metadata=address, step=1, timeout=TIMEOUT)
-            seconds.append(time.perf_counter() - began_at)
-    return {name: (mib << 20) / statistics.median(seconds) / 1e9 for name, seconds in took.items()}
+    def __init__(self, store: str, pipe: Any, own: dict[str, Any]) -> None:
+        from torchft.checkpointing.http_transport import HTTPTransport
+
+        self._pipe = pipe
+        self._own = own
+        self._group = _over_group(store, 1, own)
+        self._address = pipe.recv()
+        self._http = HTTPTransport(TIMEOUT, num_chunks=0)
+
+    def fetch(self, name: str) -> float:
+        self._pipe.send(name)
+        if name == "http":
+            self._pipe.recv()
+        self._group._state_dict = (lambda: self._own) if name == "group_in_place" else None
+        transport = self._http if name == "http" else self._group
+        began_at = time.perf_counter()
+        transport.recv_checkpoint(src_rank=0, metadata=self._address, step=1, timeout=TIMEOUT)
+        return time.perf_counter() - began_at

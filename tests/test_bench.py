@@ -112,6 +112,7 @@ def test_live_recovery_measures_transfers_beside_a_bare_socket() -> None:
     assert found["growth_mib"] < 64
     assert found["slow_reader"] > 0
     assert found["pause"]["fetch_ms"] > 0
+    assert found["first_step"]["start_s"] > found["first_step"]["torch_s"] > 0
 
 
 @pytest.mark.soak

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from everstep.train.manager import Manager as Manager
     from everstep.train.manager import StepResult as StepResult
     from everstep.train.optimizer import Optimizer as Optimizer
+    from everstep.train.rng_state import RngState as RngState
     from everstep.train.sampler import DistributedSampler as DistributedSampler
 
 _HOMES = {
@@ -44,6 +45,7 @@ _HOMES = {
     "Manager": "everstep.train.manager",
     "StepResult": "everstep.train.manager",
     "Optimizer": "everstep.train.optimizer",
+    "RngState": "everstep.train.rng_state",
     "DistributedSampler": "everstep.train.sampler",
     "Subscription": "everstep.link.events",
     "configure_logging": "everstep.logs",

@@ -13,9 +13,11 @@ import torch
 
 from everstep.errors import RecoveryFailed, RemoteProtocolError, StateMismatch, StepInterrupted
 from everstep.recovery import Fetch, InPlace, Limits, RecoveryServer, Snapshot
+from everstep.recovery.dtypes import DTYPES
 from everstep.recovery.manifest import decode
+from everstep.recovery.readers import Readers
 from everstep.recovery.same_host import PeerMemory, Readable
-from tests.recovery.trees import assert_same
+from tests.recovery.trees import assert_same, raw_tensor
 from tests.recovery.wires import AUTH, KEY, Proxy, Running, flipping, request_to, serving, state_of
 from tests.support.waiting import wait_until
 
@@ -196,6 +198,22 @@ def test_a_process_of_the_same_number_elsewhere_is_not_read() -> None:
             PeerMemory(lie, manifest)
 
 
+def test_memory_that_cannot_be_read_is_an_error_where_its_chunk_is_waited_for() -> None:
+    state = state_of(1)
+    snapshot = Snapshot.lend(state, CHUNK_BYTES)
+    manifest = decode(snapshot.manifest_bytes, Limits())
+    (address, size), half = snapshot.addresses[0], 1 << 19
+    shown = Readable().show([(address, half), (1 << 12, size - half)], os.getpid())
+    places = [[memoryview(bytearray(CHUNK_BYTES))] for _ in range(manifest.chunk_count)]
+    with Readers(PeerMemory(shown, manifest), manifest, places.__getitem__) as readers:
+        readers.start(range(manifest.chunk_count), count=3)
+        for chunk in range(half // CHUNK_BYTES):
+            assert readers.digest_of(chunk) == snapshot.digest(chunk)
+        with pytest.raises(PermissionError):
+            readers.digest_of(half // CHUNK_BYTES)
+    assert not [thread for thread in threading.enumerate() if thread.name == "everstep-fetch-memory"]
+
+
 # ---- lent, and in place
 
 
@@ -255,3 +273,15 @@ def test_a_view_into_a_larger_storage_is_landed_in_at_its_place() -> None:
     assert torch.equal(flat[30:60].view(5, 6), state["b"])
     assert not flat[:7].any()
     assert not flat[20:30].any()
+
+
+def test_every_dtype_lands_in_the_members_own_tensors() -> None:
+    own: dict[str, Any] = {name: raw_tensor(dtype, (5, 7), 1) for name, dtype in sorted(DTYPES.items())}
+    own |= {"empty": torch.ones(0, 3), "column": torch.zeros(4, 4)[:, 1], "transposed": torch.zeros(3, 5).T}
+    state = {name: raw_tensor(tensor.dtype, tuple(tensor.shape), 2) for name, tensor in own.items()}
+    state["transposed"] = raw_tensor(torch.float32, (3, 5), 2).T
+    with serving(Snapshot.lend(state, CHUNK_BYTES)) as (_, url):
+        there: Any = Fetch(request_to(url, expected=own), landing=InPlace(own)).run()
+    assert_same(there, state)
+    for name in DTYPES:
+        assert_same(own[name], state[name])

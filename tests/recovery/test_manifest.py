@@ -24,6 +24,7 @@ from everstep.recovery.manifest import (
     ListNode,
     Manifest,
     Node,
+    ShardedNode,
     TensorNode,
     TupleNode,
     build,
@@ -217,3 +218,20 @@ def test_outside_of_the_model_and_in_extra_state_either_may_have_more() -> None:
     fit({"a": {"x": [1, 2], "y": None}, "model": {}}, {"a": {"x": [1], "z": 1}, "model": {}})
     fit({"model.ema": {"x": 1}, "model": {}}, {"model.ema": {}, "model": {}})
     fit({"model": {"0._extra_state": torch.ones(9)}}, {"model": {"0._extra_state": None}})
+
+
+@pytest.mark.parametrize(
+    ("nodes", "said"),
+    [
+        ((ShardedNode("[S]", (2,), (1,)), 3), "without a tensor"),
+        ((ShardedNode("[S]", (2,), (1,)),), "incomplete"),
+        ((ShardedNode("[S]", (2, 3), (1,)), 3), "2 dimensions"),
+        ((ShardedNode("[S]", (-2,), (1,)), 3), "shape"),
+        ((ShardedNode("[S]", (1 << 40, 1 << 40), (1, 1)), 3), "shape"),
+        ((ShardedNode("S" * 5000, (2,), (1,)), 3), "5000 characters"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_a_spread_tensor_without_a_part_or_with_an_impossible_shape_is_refused(nodes: Any, said: str) -> None:
+    with pytest.raises(RemoteProtocolError, match=said):
+        decode(encode(manifest(DictNode(("a",)), *nodes)), LIMITS)

@@ -15,6 +15,7 @@ from everstep.recovery import Landing, Snapshot
 from everstep.recovery.dtypes import DTYPES
 from everstep.recovery.layout import lay_out
 from everstep.recovery.manifest import DEPTH_MAX
+from everstep.train.rng_state import RngState
 from tests.recovery.trees import assembled, assert_same, carried, raw_tensor, trees
 
 
@@ -50,14 +51,13 @@ def test_a_module_an_optimizer_and_a_scheduler_arrive_as_their_state_dicts() -> 
 
 
 def test_random_number_generators_arrive() -> None:
-    rng, numpy_rng = random.Random(7), np.random.RandomState(7)
-    state = {"python": rng.getstate(), "numpy": numpy_rng.get_state(), "torch": torch.get_rng_state()}
-    there = carried(state)
-    assert_same(there, state)
-    other, numpy_other = random.Random(), np.random.RandomState()
-    other.setstate(there["python"])
-    numpy_other.set_state(there["numpy"])
-    assert (other.random(), numpy_other.rand()) == (rng.random(), numpy_rng.rand())
+    registered = RngState()
+    here = registered.state_dict()
+    there = carried({"rng": here})
+    assert_same(there["rng"], here)
+    drawn = (random.random(), np.random.rand(), torch.rand(3).tolist())
+    registered.load_state_dict(there["rng"])
+    assert (random.random(), np.random.rand(), torch.rand(3).tolist()) == drawn
 
 
 def test_tied_tensors_travel_once_and_arrive_tied() -> None:

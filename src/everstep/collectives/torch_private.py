@@ -13,10 +13,15 @@
 - `distributed_c10d._get_default_store`: the only way to the store that the script's `init_process_group` has made.
 - `Variable._execution_engine.queue_callback`: the only way to run code when `backward()` has computed everything but
   has not returned; torch's own FSDP uses it.
+- `__dynamo_disable`, where `torch._disable_dynamo` keeps what it has made of a function; `_use_grad`, which torch wraps
+  the `step` of its optimizers in; `_opt_called`, which a scheduler's wrapper around that sets: the first use of these
+  imports torch._dynamo otherwise, a second of work in every process. Where torch changes, that is what happens again.
 """
 
 import ctypes
+import functools
 import importlib
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
@@ -44,16 +49,20 @@ __all__ = [
     "gather_into",
     "gloo_device",
     "import_dynamo",
+    "import_for_step",
     "keep_beyond_exit",
+    "keep_dynamo_out",
     "nccl_id_in",
     "new_nccl",
     "put_nccl_id",
     "queue_backward_callback",
     "receive_from",
     "send_to",
+    "step_optimizer",
     "version_of",
 ]
 
+_DYNAMO = "torch._dynamo"
 _TORCH_REDUCE_OPS = {
     ReduceOp.SUM: _c10d.ReduceOp.SUM,
     ReduceOp.MIN: _c10d.ReduceOp.MIN,
@@ -234,8 +243,67 @@ def default_store() -> Store:
 
 
 def import_dynamo() -> None:
-    """What the first step of any torch optimizer would import."""
-    importlib.import_module("torch._dynamo")
+    """A second's work, 800 modules."""
+    importlib.import_module(_DYNAMO)
+
+
+def import_for_step(optimizer: torch.optim.Optimizer) -> None:
+    """What its first step would import."""
+    if _DYNAMO not in sys.modules and _untraced_step(optimizer) is None:
+        import_dynamo()
+
+
+def keep_dynamo_out() -> None:
+    """Let optimizers be made and zeroed without an import of torch._dynamo, until something else imports it.
+
+    torch exempts these methods from being traced, which nothing does before that import.
+    """
+    for name in ("add_param_group", "zero_grad", "state_dict", "load_state_dict"):
+        method = getattr(torch.optim.Optimizer, name)
+        plain = getattr(method, "__wrapped__", None)
+        if plain is not None and "__dynamo_disable" not in vars(plain):
+            setattr(plain, "__dynamo_disable", _untraced(method, plain))
+
+
+def _untraced(method: Callable[..., object], plain: Callable[..., object]) -> Callable[..., object]:
+    @functools.wraps(plain)
+    def call(*args: object, **kwargs: object) -> object:
+        if _DYNAMO not in sys.modules:
+            return plain(*args, **kwargs)
+        vars(plain).pop("__dynamo_disable", None)  # from here on torch's own
+        return method(*args, **kwargs)
+
+    return call
+
+
+def step_optimizer(optimizer: torch.optim.Optimizer) -> None:
+    """`optimizer.step()`, without its import of torch._dynamo unless something else has imported that."""
+    step = None if _DYNAMO in sys.modules else _untraced_step(optimizer)
+    if step is None:
+        optimizer.step()
+    else:
+        step(optimizer)
+
+
+def _untraced_step(optimizer: torch.optim.Optimizer) -> Callable[[torch.optim.Optimizer], object] | None:
+    """The same but for its graph breaks, which mean nothing where nothing is traced; None where torch differs."""
+    hooked = type(optimizer).step
+    patched = vars(optimizer).get("step")
+    traced = getattr(hooked, "__wrapped__", hooked) if getattr(hooked, "hooked", False) else hooked
+    code, plain = getattr(traced, "__code__", None), getattr(traced, "__wrapped__", None)
+    if plain is None or code is None or code.co_name != "_use_grad" or _DYNAMO not in code.co_names:
+        return None
+    if patched is not None and not hasattr(patched, "_wrapped_by_lr_sched"):
+        return None  # somebody else's wrapper is to be called
+
+    @functools.wraps(plain)
+    def step(it: torch.optim.Optimizer) -> object:
+        if patched is not None:
+            it._opt_called = True  # type: ignore[attr-defined]
+        with torch.set_grad_enabled(it.defaults["differentiable"]):
+            return plain(it)
+
+    return torch.optim.Optimizer.profile_hook_step(step)
 
 
 def version_of(tensor: Tensor) -> int:

@@ -1,7 +1,7 @@
 """Where a joiner puts the payload: each chunk's bytes straight into the memory of the tensors that they belong to."""
 
 import importlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from types import ModuleType
 
 import torch
@@ -10,14 +10,17 @@ from everstep.errors import ConfigError
 from everstep.recovery.dtypes import DTYPES
 from everstep.recovery.landing import Landing
 from everstep.recovery.manifest import ArrayNode, BigInt, Blob, Leaf, Manifest, TensorNode, build
+from everstep.recovery.sharded import Meshes
 from everstep.recovery.snapshot import memory_of
 
 
 class Assembly:
     """The regions of one manifest. Fill every chunk, verify it, then `tree()`; `discard()` on failure."""
 
-    def __init__(self, manifest: Manifest, landing: Landing) -> None:
+    def __init__(self, manifest: Manifest, landing: Landing, own: Mapping[str, object] | None = None) -> None:
+        """`own`: this member's state, where the peer's may hold tensors that are spread over a mesh."""
         self._manifest = manifest
+        self._own = own
         self._landing = landing
         self._regions = landing.regions(manifest)
         # A region of the member's own lies within a storage that may hold more; torch places views by elements.
@@ -43,7 +46,7 @@ class Assembly:
 
     def tree(self) -> dict[str, object]:
         """The state, made of CPU tensors on the regions; tied tensors share a storage again."""
-        return build(self._manifest, self._leaf)
+        return build(self._manifest, self._leaf, Meshes(self._own).build)
 
     def adopt(self, manifest: Manifest) -> None:
         """Build what another source says instead, of the same layout."""

@@ -6,7 +6,8 @@ import torch
 
 from everstep.errors import StateMismatch
 from everstep.recovery.dtypes import dtype_name
-from everstep.recovery.manifest import TensorNode
+from everstep.recovery.manifest import Sharded, TensorNode
+from everstep.recovery.sharded import is_sharded, local_of, node_of
 from everstep.recovery.tree import join
 
 NAMED_MAX = 8
@@ -41,8 +42,7 @@ def _top_differences(
 
 def _differences(theirs: object, own: object, path: str, is_exact: bool) -> Iterator[str]:
     if isinstance(own, torch.Tensor):
-        mine = f"{dtype_name(own.dtype)} tensor of shape {tuple(own.shape)}"
-        there = str(theirs) if isinstance(theirs, TensorNode) else type(theirs).__name__
+        mine, there = _described(own), _named(theirs)
         if there != mine:
             yield f"{path} is a {mine} here and a {there} there"
     elif isinstance(own, Mapping) and isinstance(theirs, Mapping):
@@ -56,9 +56,18 @@ def _differences(theirs: object, own: object, path: str, is_exact: bool) -> Iter
             yield f"{path} has {len(own)} elements here and {len(theirs)} there"
         for index, (their, mine_) in enumerate(zip(theirs, own, strict=False)):
             yield from _differences(their, mine_, join(path, index), is_exact)
-    elif isinstance(own, Mapping) or (is_exact and isinstance(theirs, TensorNode | Mapping)):
-        there = str(theirs) if isinstance(theirs, TensorNode) else type(theirs).__name__
-        yield f"{path} is a {type(own).__name__} here and a {there} there"
+    elif isinstance(own, Mapping) or (is_exact and isinstance(theirs, TensorNode | Sharded | Mapping)):
+        yield f"{path} is a {type(own).__name__} here and a {_named(theirs)} there"
+
+
+def _described(own: torch.Tensor) -> str:
+    if is_sharded(own):
+        return str(Sharded(node_of(own), _described(local_of(own))))
+    return f"{dtype_name(own.dtype)} tensor of shape {tuple(own.shape)}"
+
+
+def _named(theirs: object) -> str:
+    return str(theirs) if isinstance(theirs, TensorNode | Sharded) else type(theirs).__name__
 
 
 def _key_differences(theirs: Mapping[str, object], own: Mapping[str, object], path: str) -> Iterator[str]:

@@ -14,9 +14,9 @@ from everstep.recovery.fit import check_fit
 from everstep.recovery.landing import Landing
 from everstep.recovery.manifest import Manifest, build, have_same_layout
 from everstep.recovery.report import FetchReport
+from everstep.recovery.readers import Readers, reader_count
 from everstep.recovery.request import FetchRequest, Progress
 from everstep.recovery.same_host import PeerMemory
-from everstep.recovery.snapshot import digest_of
 from everstep.recovery.source import Damaged, SourceConnection
 
 logger = logging.getLogger("everstep.recovery")
@@ -139,7 +139,7 @@ class Gathering:
         if request.expected is not None:
             check_fit(build(manifest, plain_leaf), request.expected, request.same_keys_under)
         try:
-            self.assembly = Assembly(manifest, self._landing)
+            self.assembly = Assembly(manifest, self._landing, request.expected)
         except (RuntimeError, MemoryError) as error:  # torch's allocator raises RuntimeError
             raise RecoveryFailed(f"no memory for a state of {manifest.total_bytes} bytes: {error}") from error
         self._pieces = list(self.assembly.chunks())
@@ -222,9 +222,9 @@ class Gathering:
             self._tell()
 
     def wait_until_needed(self, number: int) -> bool:
-        """False when it is over; a source that was robbed waits until nobody else is left."""
+        """False when it is over, or all is there; a source that was robbed waits until nobody else is left."""
         with self.changed:
-            while not (self.is_over or self.is_complete):
+            while not self.is_over and not self.is_complete:
                 others = [s for n, s in enumerate(self.sources) if n != number and not s.is_lost]
                 if self._board is None or not self._board.is_slow(number) or not others:
                     return True
@@ -354,20 +354,22 @@ class Worker:
 
     def _read(self, connection: Connection, memory: PeerMemory, todo: tuple[range, Manifest, str]) -> None:
         """From the source's memory, while it computes the digests."""
+        gathering = self._gathering
         chunks, manifest, snapshot_id = todo
         connection.ask_for_digests(snapshot_id, chunks)
+        gathering.report.transport[connection.url] = "memory"
         left = iter(chunks)
-        self._gathering.report.transport[connection.url] = "memory"
-        for digests in connection.digests(len(chunks)):
-            for sent, chunk in zip(digests, left, strict=False):
-                pieces = self._gathering.pieces_of(chunk)
-                try:
-                    memory.read(*manifest.chunk_range(chunk), pieces)
-                except PermissionError:
-                    self._may_read_memory = False
-                    raise
-                self._gathering.landed(self._number, chunk, sent, digest_of(pieces))
-                self._failures = 0
+        with Readers(memory, manifest, gathering.pieces_of) as readers:
+            readers.start(chunks, reader_count(len(gathering.sources)))
+            for digests in connection.digests(len(chunks)):
+                for sent, chunk in zip(digests, left, strict=False):
+                    try:
+                        computed = readers.digest_of(chunk)
+                    except PermissionError:
+                        self._may_read_memory = False
+                        raise
+                    gathering.landed(self._number, chunk, sent, computed)
+                    self._failures = 0
 
     def _pause(self, seconds: float) -> None:
         if seconds > 0:

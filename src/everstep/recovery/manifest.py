@@ -22,6 +22,7 @@ FORMAT = "everstep-state"
 VERSION = 1
 DEPTH_MAX = 64
 DIMENSIONS_MAX = 64
+SPREAD_CHARS_MAX = 4096
 CHUNK_BYTES_MIN = 1 << 10
 CHUNK_BYTES_MAX = 64 << 20
 ARRAY_DIMENSIONS_MAX = 32  # of numpy before its version 2
@@ -50,6 +51,17 @@ class TupleNode(msgspec.Struct, frozen=True, array_like=True, tag="t"):
     """`count` children follow."""
 
     count: int
+
+
+class ShardedNode(msgspec.Struct, frozen=True, array_like=True, tag="S"):
+    """A tensor spread over a group's ranks; its part on this rank follows. `shape` and `strides` are the whole's."""
+
+    spread: str
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+
+    def __str__(self) -> str:
+        return f"tensor of shape {self.shape} spread {self.spread}"
 
 
 class BigInt(msgspec.Struct, frozen=True, array_like=True, tag="i"):
@@ -87,8 +99,22 @@ class ArrayNode(msgspec.Struct, frozen=True, array_like=True, tag="n"):
 
 
 Leaf = None | bool | int | float | str | Blob | BigInt | TensorNode | ArrayNode
-Node = None | bool | int | float | str | Blob | BigInt | TensorNode | ArrayNode | DictNode | ListNode | TupleNode
-Container = DictNode | ListNode | TupleNode
+Container = DictNode | ListNode | TupleNode | ShardedNode
+Node = Leaf | Container
+
+
+@dataclass(frozen=True)
+class Sharded:
+    """A spread tensor in a tree that has nodes as leaves; `local` is its part's."""
+
+    node: ShardedNode
+    local: object
+
+    def __str__(self) -> str:
+        return f"{self.node}, {self.local} of it here"
+
+
+MakeSharded = Callable[[ShardedNode, object], object]
 
 
 class Manifest(msgspec.Struct, frozen=True):
@@ -145,12 +171,16 @@ def decode(data: bytes | bytearray, limits: Limits) -> Manifest:
 
 
 def children_of(node: Container) -> int:
+    if isinstance(node, ShardedNode):
+        return 1
     return len(node.keys) + node.has_metadata if isinstance(node, DictNode) else node.count
 
 
-def build(manifest: Manifest, make_leaf: Callable[[Leaf], object]) -> dict[str, object]:
-    """The tree that the nodes describe, with `make_leaf(node)` at its leaves."""
-    tree = _build(iter(manifest.nodes), make_leaf)
+def build(
+    manifest: Manifest, make_leaf: Callable[[Leaf], object], make_sharded: MakeSharded = Sharded
+) -> dict[str, object]:
+    """The tree that the nodes describe, with `make_leaf(node)` at its leaves and `make_sharded(node, local part)`."""
+    tree = _build(iter(manifest.nodes), make_leaf, make_sharded)
     assert isinstance(tree, dict)
     return tree
 
@@ -182,14 +212,14 @@ def have_same_layout(one: Manifest, other: Manifest) -> bool:
     )
 
 
-def _build(nodes: Iterator[Node], make_leaf: Callable[[Leaf], object]) -> object:
+def _build(nodes: Iterator[Node], make_leaf: Callable[[Leaf], object], make_sharded: MakeSharded) -> object:
     node = next(nodes)
     if isinstance(node, ListNode):
-        return [_build(nodes, make_leaf) for _ in range(node.count)]
+        return [_build(nodes, make_leaf, make_sharded) for _ in range(node.count)]
     if isinstance(node, TupleNode):
-        return tuple([_build(nodes, make_leaf) for _ in range(node.count)])
+        return tuple([_build(nodes, make_leaf, make_sharded) for _ in range(node.count)])
     if isinstance(node, DictNode):
-        values = {key: _build(nodes, make_leaf) for key in node.keys}
+        values = {key: _build(nodes, make_leaf, make_sharded) for key in node.keys}
         if node.kind == "counter":
             counter: Counter[str | int] = Counter()
             counter.update(values)
@@ -198,8 +228,10 @@ def _build(nodes: Iterator[Node], make_leaf: Callable[[Leaf], object]) -> object
             return values
         ordered = OrderedDict(values)
         if node.has_metadata:
-            ordered._metadata = _build(nodes, make_leaf)  # type: ignore[attr-defined]
+            ordered._metadata = _build(nodes, make_leaf, make_sharded)  # type: ignore[attr-defined]
         return ordered
+    if isinstance(node, ShardedNode):
+        return make_sharded(node, _build(nodes, make_leaf, make_sharded))
     return make_leaf(node)
 
 
@@ -225,7 +257,11 @@ def _check_nodes(manifest: Manifest) -> None:
         raise RemoteProtocolError("the root of the state is not a dict of names")
     used: set[int] = set()
     open_children = [1]  # of each container that is being read; the root is the only child of nothing
+    before: Node = None
     for node in manifest.nodes:
+        if isinstance(before, ShardedNode) and not isinstance(node, TensorNode):
+            raise RemoteProtocolError(f"a {before} without a tensor as its part")
+        before = node
         while open_children and open_children[-1] == 0:
             open_children.pop()
         if not open_children:
@@ -234,7 +270,7 @@ def _check_nodes(manifest: Manifest) -> None:
         if isinstance(node, Container):
             _check_container(node, len(manifest.nodes))
             open_children.append(children_of(node))
-            if len(open_children) > DEPTH_MAX + 1:
+            if len(open_children) > DEPTH_MAX + 1 + isinstance(node, ShardedNode):
                 raise RemoteProtocolError(f"tree deeper than {DEPTH_MAX}")
         elif isinstance(node, TensorNode | ArrayNode):
             used.add(_check_place(node, manifest.region_bytes))
@@ -250,8 +286,18 @@ def _check_container(node: Container, count_max: int) -> None:
             raise RemoteProtocolError("a key stands twice in one dict")
         if node.kind not in ("dict", "ordered", "counter") or (node.has_metadata and node.kind != "ordered"):
             raise RemoteProtocolError(f"a dict of kind {node.kind[:40]!r}")
+    elif isinstance(node, ShardedNode):
+        _check_sharded(node)
     elif not 0 <= node.count <= count_max:
         raise RemoteProtocolError(f"a container of {node.count} elements")
+
+
+def _check_sharded(node: ShardedNode) -> None:
+    sizes = (*node.shape, *node.strides)
+    if len(node.shape) > DIMENSIONS_MAX or len(node.strides) != len(node.shape) or len(node.spread) > SPREAD_CHARS_MAX:
+        raise RemoteProtocolError(f"a tensor of {len(node.shape)} dimensions, spread in {len(node.spread)} characters")
+    if any(not 0 <= n <= _INT64_MAX for n in sizes) or math.prod(n or 1 for n in node.shape) > _INT64_MAX:
+        raise RemoteProtocolError(f"shape {node.shape} and strides {node.strides} of a tensor that is spread")
 
 
 def _check_place(node: TensorNode | ArrayNode, region_bytes: tuple[int, ...]) -> int:

@@ -287,11 +287,11 @@ class _Connection:
         logger.info("recovery: sent %d bytes to %s in %.3f s", size, self._peer, elapsed_s)
 
     def _show_memory(self, challenge: Challenge, snapshot: Snapshot, request: MemoryRequest) -> None:
-        if self.wire.is_local:
+        if self.wire.is_local and snapshot.is_in_host_memory:
             body = self._server.readable.show(snapshot.addresses, request.pid)
             self._answer(challenge, 200, body, snapshot.id)
         else:
-            self._answer(challenge, 404, b"this is another host")
+            self._answer(challenge, 404, b"on another host, or on a GPU")
 
     def _send_digests(self, challenge: Challenge, snapshot: Snapshot, request: DigestsRequest) -> None:
         """In small parts, so that the joiner can compare while the rest is computed."""

@@ -18,9 +18,10 @@ import xxhash
 from everstep.errors import ConfigError
 from everstep.recovery.layout import CHUNK_BYTES, Layout, as_bytes, lay_out
 from everstep.recovery.manifest import CHUNK_BYTES_MAX, CHUNK_BYTES_MIN, Manifest, encode
+from everstep.recovery.staging import Staging
 
 DIGEST_BYTES = 8
-BLOCK_BYTES = 512 << 10  # hashed and moved at a time: it stays in a core's cache, and the other end does not wait
+BLOCK_BYTES = 1 << 20  # hashed and moved at a time: it stays in a core's cache, and the other end does not wait
 
 
 class Snapshot:
@@ -31,7 +32,7 @@ class Snapshot:
     """
 
     def __init__(self, layout: Layout, blocks: Sequence[torch.Tensor], *, is_lent: bool = False) -> None:
-        """`blocks`: flat uint8 CPU tensors that are the payload, one after another."""
+        """`blocks`: flat uint8 tensors, in host memory or on a GPU, that are the payload, one after another."""
         self.id = secrets.token_hex(8)  # one copy, told apart from any other of the same step
         self.is_revoked = False  # for ever so of a copy
         self._is_lent = is_lent
@@ -39,6 +40,9 @@ class Snapshot:
         self.manifest_bytes = encode(layout.manifest)
         self._blocks = [block for block in blocks if block.numel()]
         self._begins = list(accumulate((block.numel() for block in self._blocks), initial=0))
+        on_gpu = next((block.device for block in self._blocks if block.is_cuda), None)
+        self._staging = None if on_gpu is None else Staging(on_gpu)
+        self._memory = [memory_of(block) for block in self._blocks] if self._staging is None else []
         self._digests: list[bytes | None] = [None] * layout.manifest.chunk_count
 
     @classmethod
@@ -57,12 +61,16 @@ class Snapshot:
     def lend(cls, state: Mapping[str, object], chunk_bytes: int = CHUNK_BYTES) -> "Snapshot":
         """As `take`, without a copy of what lies in host memory in one piece: `revoke` before any of it changes.
 
-        Costs the memory of what is copied all the same: tensors on an accelerator or with gaps, numpy values.
+        Costs the memory of what is copied all the same: tensors with gaps, numpy values. Of a GPU's tensors only the
+        chunks that are being served are in host memory.
         """
         layout = _laid_out(state, chunk_bytes)
         sizes = layout.manifest.region_bytes
-        blocks = [as_bytes(source).cpu() for source, size in zip(layout.sources, sizes, strict=True) if size]
-        return cls(layout, blocks, is_lent=True)
+        blocks = [as_bytes(source) for source, size in zip(layout.sources, sizes, strict=True) if size]
+        on_gpu = next((block.device for block in blocks if block.is_cuda), None)
+        # Of a second GPU, which a process that trains on one hardly has, everything is copied here and now.
+        in_reach = [block if block.device == on_gpu else block.cpu() for block in blocks]
+        return cls(layout, in_reach, is_lent=True)
 
     def revoke(self) -> None:
         """From here on no chunk is vouched for. The owner's thread, before it changes what it lent."""
@@ -77,8 +85,12 @@ class Snapshot:
         return self.manifest.chunk_count
 
     @property
+    def is_in_host_memory(self) -> bool:
+        return self._staging is None
+
+    @property
     def addresses(self) -> list[tuple[int, int]]:
-        """Where the payload lies in this process: address and size of each of its blocks."""
+        """Where the payload lies in this process, if it is in host memory: address and size of each of its blocks."""
         return [(block.data_ptr(), block.numel()) for block in self._blocks]
 
     def chunk(self, index: int) -> list[memoryview]:
@@ -86,13 +98,17 @@ class Snapshot:
         begin, end = self.manifest.chunk_range(index)
         at = bisect.bisect_right(self._begins, begin) - 1
         pieces = []
+        parts = []  # of a GPU's tensors
         while begin < end:
-            block, low = self._blocks[at], begin - self._begins[at]
-            high = min(block.numel(), low + end - begin)
-            pieces.append(memory_of(block[low:high]))
+            low = begin - self._begins[at]
+            high = min(self._begins[at + 1] - self._begins[at], low + end - begin)
+            if self._staging is None:
+                pieces.append(self._memory[at][low:high])
+            else:
+                parts.append(self._blocks[at][low:high])
             begin += high - low
             at += 1
-        return pieces
+        return pieces if self._staging is None else [memory_of(self._staging.gather(parts))]
 
     def digest(self, index: int) -> bytes:
         """xxh3_64 of a chunk; not to be given away before a look at `is_revoked`."""

@@ -163,11 +163,14 @@ class SourceConnection:
         """One chunk into its place; returns the digest that the source sent with it, and that of what arrived."""
         wire, deadline = self._opened(), self._request.deadline
         sent, computed = bytearray(DIGEST_BYTES), xxhash.xxh3_64()
-        for block in blocks_of(pieces):
+        *blocks, last = blocks_of(pieces)
+        for block in blocks:
             wire.receive_into(block, deadline)
             for piece in block:
                 computed.update(piece)
-        wire.receive_into([memoryview(sent)], deadline)
+        wire.receive_into([*last, memoryview(sent)], deadline)
+        for piece in last:
+            computed.update(piece)
         return bytes(sent), computed.digest()
 
     def ask_for_digests(self, snapshot_id: str, chunks: range) -> None:

@@ -21,6 +21,7 @@ from everstep.recovery.manifest import (
     TupleNode,
     array_itemsize,
 )
+from everstep.recovery.sharded import is_sharded, local_of, node_of
 
 _INT64_MIN, _UINT64_MAX = -(1 << 63), (1 << 64) - 1
 _DICT_KINDS = {dict: "dict", OrderedDict: "ordered", Counter: "counter", defaultdict: "dict"}
@@ -89,6 +90,10 @@ def _flatten(value: object, path: str, depth: int, flat: Flattened) -> None:
         flat.nodes.append((ListNode if kind is list else TupleNode)(len(value)))  # type: ignore[arg-type]
         for index, item in enumerate(value):  # type: ignore[arg-type, var-annotated]
             _flatten(item, join(path, index), depth + 1, flat)
+    elif is_sharded(value):
+        assert isinstance(value, torch.Tensor)
+        flat.nodes.append(node_of(value))
+        _flatten(local_of(value), path, depth + 1, flat)
     elif isinstance(value, torch.Tensor):
         _check_tensor(value, path)
         _defer(PendingTensor(path, value.detach()), flat)

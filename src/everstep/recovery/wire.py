@@ -27,6 +27,7 @@ class Wire:
         self._socket = sock
         self._stall_timeout_s = stall_timeout_s
         self._closing = threading.Lock()  # or `shut` could hit another socket that was given the same number
+        self._limits: dict[int, float] = {}  # as set, by option
         self._ahead = b""  # received with a head, belongs to the body
 
     def open(self) -> None:
@@ -54,7 +55,7 @@ class Wire:
     def send(self, *buffers: bytes | memoryview) -> None:
         """All of it, however slow the reader, as long as something moves within the stall timeout."""
         for begin in range(0, len(buffers), _BUFFERS_MAX):
-            left = [memoryview(buffer) for buffer in buffers[begin : begin + _BUFFERS_MAX] if len(buffer)]
+            left: Sequence[bytes | memoryview] = buffers[begin : begin + _BUFFERS_MAX]
             while left:
                 try:
                     sent = self._socket.sendmsg(left)
@@ -109,14 +110,17 @@ class Wire:
         self._limit(socket.SO_RCVTIMEO, min(self._stall_timeout_s, remaining))
 
     def _limit(self, option: int, seconds: float) -> None:
+        if self._limits.get(option) == seconds:
+            return
+        self._limits[option] = seconds
         microseconds = max(1, round(seconds * 1e6))  # 0 would mean for ever
         self._socket.setsockopt(socket.SOL_SOCKET, option, struct.pack("@ll", *divmod(microseconds, 1_000_000)))
 
 
-def _without(buffers: list[memoryview], moved: int) -> list[memoryview]:
+def _without(buffers: Sequence[bytes | memoryview], moved: int) -> list[memoryview]:
     """The rest of the buffers after `moved` bytes of them."""
     for index, buffer in enumerate(buffers):
         if moved < len(buffer):
-            return [buffer[moved:], *buffers[index + 1 :]]
+            return [memoryview(buffer)[moved:], *(memoryview(rest) for rest in buffers[index + 1 :])]
         moved -= len(buffer)
     return []

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from everstep.collectives.torch_private import import_dynamo
+from everstep.collectives.torch_private import import_for_step, step_optimizer
 from everstep.train.manager import Manager, StepResult
 from everstep.train.recovering import Stateful
 
@@ -36,7 +36,7 @@ class Optimizer(torch.optim.Optimizer):
         self._before_step = before_step
         self._schedulers = list(schedulers)
         self._skip_nonfinite = skip_nonfinite
-        import_dynamo()
+        import_for_step(optimizer)  # while nobody waits
         manager.register_state_dict_fn(name, optimizer.load_state_dict, optimizer.state_dict)
         for index, scheduler in enumerate(self._schedulers):
             manager.register(f"{name}.scheduler.{index}", scheduler)
@@ -53,7 +53,7 @@ class Optimizer(torch.optim.Optimizer):
         is_prepared = self._before_step is not None or self._skip_nonfinite
         decision = self._manager.decide(self._prepare if is_prepared else None)
         if decision.committed:
-            self._optimizer.step()
+            step_optimizer(self._optimizer)
             for scheduler in self._schedulers:
                 scheduler.step()  # type: ignore[attr-defined]
         return StepResult(decision.committed, decision.step, decision.participants, decision.why, loss)
