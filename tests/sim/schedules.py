@@ -192,6 +192,14 @@ LOANS: dict[str, tuple[int, tuple[Trigger, ...]]] = {
     "a donor stands still for too long": (3, (_G0_RETURNS, _in_the_middle("stop", "g1", seconds=6.0))),
     "a donor is left out": (3, (_G0_RETURNS, _in_the_middle("stall", "g1", seconds=6.0))),
     "a donor is asked to leave": (3, (_G0_RETURNS, at("Lent", "drain", by="g1"))),
+    "a donor is asked to leave, and left out": (
+        4,
+        (_G0_RETURNS, at("Lent", "drain", by="g1"), _in_the_middle("link", "g1", seconds=1.0)),
+    ),
+    "the joiner is asked to leave, and left out": (
+        3,
+        (_G0_RETURNS, at("Recover", "drain", by="g0"), _in_the_middle("link", seconds=1.0)),
+    ),
     "a donor leaves": (3, (_G0_RETURNS, at("Lent", "leave", by="g1"))),
     "the joiner is asked to leave": (3, (_G0_RETURNS, _in_the_middle("drain"))),
     "the meeting fails for a donor": (3, (_G0_RETURNS, at("Lent", "error", by="g1", after_s=0.1))),

@@ -31,7 +31,7 @@ class Process(Trainer):
         self.replica.ledger.begin(world.now)
 
     def _advance(self) -> None:
-        if not self.is_alive or self._is_hung or (self._busy is not None and not self.replica.has_left):
+        if not self.is_alive or self._is_hung or (self._busy is not None and not self._is_let_go()):
             return
         if self._world.now < self.frozen_until:
             self.wait_for(("stopped",), self.frozen_until - self._world.now, lambda: None)

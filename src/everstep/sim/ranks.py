@@ -127,7 +127,7 @@ class RankParty(Trainer):
 
     def _advance(self) -> None:
         for _ in range(MOVES_MAX):
-            if self._waits_in is not None and self.replica.has_left:
+            if self._waits_in is not None and self._is_let_go():
                 self._end_collective(self._busy)
             if not self.is_alive or self._is_hung or self._busy is not None or not self._go_on():
                 return

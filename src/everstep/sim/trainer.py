@@ -89,6 +89,14 @@ class Trainer(Party):
         if collectives.mixed:
             raise Violation(collectives.mixed)
 
+    def _is_let_go(self) -> bool:
+        """The others go on without it: in the end they close what it waits in; but not for one that they cannot reach.
+
+        Most collectives have a deadline of their own for that. A transfer, and the meeting after it, have none.
+        """
+        assert self._busy is not None
+        return self.replica.has_left and self._busy[0] not in ("meet", "transfer")
+
     def _built(self, quorum: Quorum, values: Sequence[object]) -> None:
         self._settling = quorum.id
         claims = tuple(v for v in values if isinstance(v, Claim))
