@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 import torch
 
-from everstep.errors import RecoveryFailed
-from everstep.recovery import Fetch, InPlace, Snapshot
+from everstep.errors import ConfigError, RecoveryFailed
+from everstep.recovery import Fetch, InPlace, Snapshot, TransferAuth
 from tests.recovery.far import CHUNK_BYTES, START_S, Far, far_donors, join_and_die
 from tests.recovery.trees import assert_same
-from tests.recovery.wires import AUTH, Running, request_to, serving, state_of
+from tests.recovery.wires import AUTH, Proxy, Running, flipping, request_to, serving, state_of
 from tests.support.proc import stat_of
 from tests.support.waiting import wait_until
 
@@ -115,3 +115,23 @@ def test_a_joiner_killed_in_the_middle_costs_the_donor_nothing_and_may_come_back
             assert joiner.process.exitcode == -signal.SIGKILL
         wait_until(lambda: len(server.list_fds()) == 1, 10.0)
         assert_same(Fetch(request_to(url, auth=AUTH)).run(), state)
+
+
+def test_a_bit_flipped_on_the_wire_is_counted_and_never_lands_for_good() -> None:
+    own: dict[str, Any] = {"model": {"w": torch.zeros_like(state_of(MIB)["model"]["w"])}, "step": 0, "lr": 0.5}
+    with far_donors(1, MIB, AUTH) as ((_, url),), Proxy(url, flipping(int(MIB) << 19)) as proxy:
+        fetch = Fetch(request_to(proxy.url, auth=AUTH, expected=own), landing=InPlace(own))
+        assert_same(fetch.run(), state_of(MIB))
+    assert fetch.report.digest_errors == 1
+    assert torch.equal(own["model"]["w"], state_of(MIB)["model"]["w"])
+
+
+def test_with_another_token_nothing_is_learned_and_nothing_lands() -> None:
+    own: dict[str, Any] = {"model": {"w": torch.zeros_like(state_of(1)["model"]["w"])}, "step": 0, "lr": 0.5}
+    with far_donors(1, 1.0, AUTH) as ((_, url),):
+        for auth in (None, TransferAuth(b"the token of another job")):
+            fetch = Fetch(request_to(url, auth=auth, may_read_memory=True), landing=InPlace(own))
+            with pytest.raises(ConfigError):
+                fetch.run()
+            assert fetch.report.total_bytes == 0
+    assert not own["model"]["w"].any()
