@@ -17,6 +17,7 @@ from everstep.core.messages import (
     whole,
 )
 from everstep.core.moves import (
+    AskToLeave,
     BarrierEnded,
     Build,
     CollectiveFailed,
@@ -49,6 +50,7 @@ from tests.core.member import (
     LATER,
     ROUND,
     WITHOUT_A,
+    A,
     B,
     Driver,
     grant,
@@ -181,6 +183,20 @@ def test_t5_a_failure_of_an_older_quorum_or_of_no_peer_of_ours_names_nobody() ->
     replica = settled()
     assert not told(replica, CollectiveFailed(QuorumId(1, 0), 1, "late"))
     assert sent(replica.tell(CollectiveFailed(FIRST.id, 7, "reset"))) == [Failed(FIRST.id, None, "reset")]
+
+
+@pytest.mark.parametrize("how", ["left out", "out of time"])
+def test_who_leaves_from_within_a_collective_lets_go_of_it(how: str) -> None:
+    """The meeting of those who lend live state has no deadline, and the others may be out of reach."""
+    replica = settled()
+    replica.tell(AskToLeave(grace_s=5.0))
+    if how == "left out":
+        effects = replica.tell(Refused(RefusalCode.EVICTED, "it was away", A, incarnation=7))
+    else:
+        effects = replica.tick(9.0)
+    assert replica.has_left
+    assert Sever(FIRST.id) in effects
+    assert not told(replica, CollectiveFailed(FIRST.id, None, "severed")), "nobody asks it any more"
 
 
 @pytest.mark.parametrize(

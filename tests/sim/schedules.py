@@ -157,3 +157,59 @@ SCRIPTED: dict[str, tuple[int, tuple[Trigger, ...]]] = {
         (at("VoteCast", "error", nth=5), at("Notice", "join"), at("Notice", "join", nth=2)),
     ),
 }
+
+# ---- live state is lent: g0 comes back, without state, and reads that of the others
+
+_G0_RETURNS = at("VoteEnded", "kill", by="g0", nth=3, seconds=0.0)
+
+
+def _in_the_middle(fault: str, victim: str = "self", **more: float) -> Trigger:
+    return at("Landed", fault, victim, by="g0", nth=2, **more)
+
+
+ONE_DONOR_DIES = (_G0_RETURNS, _in_the_middle("kill", "g1"))
+ALL_DONORS_DIE = (*ONE_DONOR_DIES, _in_the_middle("kill", "g2"))
+UNHEARD_ROUND = (_G0_RETURNS, _in_the_middle("link", after_s=0.3, seconds=8.0))
+LOANS: dict[str, tuple[int, tuple[Trigger, ...]]] = {
+    "nothing happens": (3, (_G0_RETURNS,)),
+    "one donor dies": (3, ONE_DONOR_DIES),
+    "all donors but one die": (4, ALL_DONORS_DIE),
+    "all donors die": (3, ALL_DONORS_DIE),
+    "the only donor dies": (2, ONE_DONOR_DIES),
+    "a donor dies as it lends": (3, (_G0_RETURNS, at("Lent", "kill", by="g1"))),
+    "a donor's death is not noticed": (3, (_G0_RETURNS, _in_the_middle("kill_unnoticed", "g1"))),
+    "the joiner dies": (3, (_G0_RETURNS, _in_the_middle("kill"))),
+    "the joiner dies when it has everything": (3, (_G0_RETURNS, at("Fetched", "kill", by="g0"))),
+    "the joiner's death is not noticed": (3, (_G0_RETURNS, _in_the_middle("kill_unnoticed"))),
+    "the joiner hears nothing of a round": (3, UNHEARD_ROUND),
+    "the joiner hears nothing for a while": (3, (*ONE_DONOR_DIES, _in_the_middle("stall_down", seconds=8.0))),
+    "the joiner's link is lost": (3, (_G0_RETURNS, _in_the_middle("link", seconds=1.0))),
+    "the joiner stands still": (3, (_G0_RETURNS, _in_the_middle("stop", seconds=1.0))),
+    "the joiner stands still for too long": (3, (_G0_RETURNS, _in_the_middle("stop", seconds=6.0))),
+    "the joiner is late": (3, (_G0_RETURNS, at("Recover", "stop", by="g0", seconds=1.0))),
+    "the joiner's transfer fails": (3, (_G0_RETURNS, _in_the_middle("error"))),
+    "a donor stands still": (3, (_G0_RETURNS, _in_the_middle("stop", "g1", seconds=1.0))),
+    "a donor stands still for too long": (3, (_G0_RETURNS, _in_the_middle("stop", "g1", seconds=6.0))),
+    "a donor is left out": (3, (_G0_RETURNS, _in_the_middle("stall", "g1", seconds=6.0))),
+    "a donor is asked to leave": (3, (_G0_RETURNS, at("Lent", "drain", by="g1"))),
+    "a donor is asked to leave, and left out": (
+        4,
+        (_G0_RETURNS, at("Lent", "drain", by="g1"), _in_the_middle("link", "g1", seconds=1.0)),
+    ),
+    "the joiner is asked to leave, and left out": (
+        3,
+        (_G0_RETURNS, at("Recover", "drain", by="g0"), _in_the_middle("link", seconds=1.0)),
+    ),
+    "a donor leaves": (3, (_G0_RETURNS, at("Lent", "leave", by="g1"))),
+    "the joiner is asked to leave": (3, (_G0_RETURNS, _in_the_middle("drain"))),
+    "the meeting fails for a donor": (3, (_G0_RETURNS, at("Lent", "error", by="g1", after_s=0.1))),
+    "the meeting fails for the joiner": (3, (_G0_RETURNS, at("Fetched", "error", by="g0"))),
+    "another one joins": (3, (_G0_RETURNS, _in_the_middle("join"))),
+    "two join, and one dies": (3, (_G0_RETURNS, at("VoteEnded", "join", nth=8), _in_the_middle("kill"))),
+    "it joins during a failure": (3, (at("VoteCast", "error", nth=5), at("Notice", "join"), at("Lent", "error"))),
+    "the lighthouse dies": (3, (_G0_RETURNS, _in_the_middle("lighthouse", seconds=0.5))),
+    "the lighthouse and a donor die": (3, (*ONE_DONOR_DIES, _in_the_middle("lighthouse", seconds=0.5))),
+}
+MOVING_STATE = Faults(
+    kill=2, kill_unnoticed=1, join=2, link=1, stall=1, stall_down=1, stop=2, error=2, veto=1, lighthouse=1, at_points=6
+)

@@ -23,7 +23,8 @@ def _regression_seeds() -> list[tuple[int, int, int, int, str]]:
 
 @pytest.mark.parametrize(("seed", "groups", "ranks", "steps", "what"), _regression_seeds(), ids=lambda v: str(v)[:40])
 def test_a_seed_of_agents_that_once_failed_ends_well(seed: int, groups: int, ranks: int, steps: int, what: str) -> None:
-    outcome = World(seed, groups=groups, steps=steps, ranks=ranks, agents=True).run()
+    """Those that were found before live state was lent run without loans: so they are still the same schedules."""
+    outcome = World(seed, groups=groups, steps=steps, ranks=ranks, agents=True, lends=what.startswith("lent: ")).run()
     assert outcome.is_ok, f"{outcome} ({what})"
 
 
@@ -61,7 +62,9 @@ def test_a_reported_death_costs_one_round_whichever_is_known_first_the_report_or
     found = set()
     for seed in range(20):
         kill = Trigger(point="VoteEnded", fault=fault, nth=9, seconds=1.0)
-        world = World(seed, groups=3, steps=6, faults=Faults(), triggers=(kill,), climate=LAN, agents=True)
+        # Without loans none of these schedules has a report of its failure, repeated every 2 s, cross the Grant.
+        conditions = {"faults": Faults(), "triggers": (kill,), "climate": LAN, "lends": False}
+        world = World(seed, groups=3, steps=6, agents=True, **conditions)  # type: ignore[arg-type]
         assert world.run().verdict == "ok"
         assert len(world.lighthouse.rounds_opened()) == 1
         found |= {log.fields["cause"] for log in world.lighthouse.rounds_opened()}

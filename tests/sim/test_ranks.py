@@ -1,13 +1,14 @@
 """Groups of several ranks in the virtual world: they end every batch alike, and live and die as one."""
 
+import dataclasses
 from pathlib import Path
 
 import pytest
 
-from everstep.sim.budgets import Faults, Trigger
+from everstep.sim.budgets import LOAN_POINTS, SLOW_TRANSFERS, Faults, Trigger
 from everstep.sim.teams import GROUP_ENDS_S
 from everstep.sim.world import World
-from tests.sim.schedules import HASTY, LAN
+from tests.sim.schedules import HASTY, LAN, LOANS
 
 SEEDS_FILE = Path(__file__).with_name("seeds_ranks.txt")
 
@@ -23,8 +24,25 @@ def _regression_seeds() -> list[tuple[int, int, int, int, str]]:
 
 @pytest.mark.parametrize(("seed", "groups", "ranks", "steps", "what"), _regression_seeds(), ids=lambda v: str(v)[:40])
 def test_a_seed_of_ranks_that_once_failed_ends_well(seed: int, groups: int, ranks: int, steps: int, what: str) -> None:
-    outcome = World(seed, groups=groups, steps=steps, ranks=ranks).run()
+    """Those that were found before live state was lent run without loans: so they are still the same schedules."""
+    outcome = World(seed, groups=groups, steps=steps, ranks=ranks, lends=what.startswith("lent: ")).run()
     assert outcome.is_ok, f"{outcome} ({what})"
+
+
+@pytest.mark.parametrize("name", LOANS)
+def test_a_fault_while_ranks_lend_live_state_ends_well(name: str) -> None:
+    """Of the leader, or of its first follower, which has a meeting of its own."""
+    groups, triggers = LOANS[name]
+    for struck in (triggers, tuple(of_follower(trigger) for trigger in triggers)):
+        conditions = {"faults": Faults(), "triggers": struck, "climate": SLOW_TRANSFERS, "lends": True}
+        outcome = World(1, groups=groups, steps=4, ranks=2, **conditions).run()  # type: ignore[arg-type]
+        assert outcome.is_ok, str(outcome)
+
+
+def of_follower(trigger: Trigger) -> Trigger:
+    if trigger.point not in LOAN_POINTS or not trigger.victim.startswith("g"):
+        return trigger
+    return dataclasses.replace(trigger, victim=f"follower of {trigger.victim}", fault=f"rank_{trigger.fault}")
 
 
 @pytest.mark.parametrize("ranks", [2, 3])

@@ -9,10 +9,13 @@ from everstep.core.follower import Follower
 from everstep.core.leader import Leader
 from everstep.core.lighthouse import LighthouseMachine
 from everstep.core.replica import Replica
-from everstep.sim.budgets import Climate, Faults, Trigger
+from everstep.sim.budgets import SLOW_TRANSFERS, Climate, Faults, Trigger
+from everstep.sim.loans import Transfer
+from everstep.sim.process import Process
 from everstep.sim.world import World
-from tests.sim import sabotage
+from tests.sim import sabotage, sabotaged_loans
 from tests.sim.schedules import (
+    ALL_DONORS_DIE,
     DIES_WHILE_RANKS_RECOVER,
     FAILS_AS_RANKS_DECIDE,
     FAILS_AS_RANKS_REDUCE,
@@ -22,10 +25,12 @@ from tests.sim.schedules import (
     LAN,
     LEAVER_LEFT_ALONE,
     LEFT_OUT_WHILE_AWAY,
+    ONE_DONOR_DIES,
     PROPOSAL_MISSED,
     PROPOSALS_APART,
     ROUND_FORGOTTEN,
     SLOW_DISK,
+    UNHEARD_ROUND,
     WHO_COMMITS_FIRST_DIES,
 )
 
@@ -38,6 +43,9 @@ class Sabotage:
     lighthouse: type[LighthouseMachine] = LighthouseMachine
     leader: type[Leader] = Leader
     follower: type[Follower] = Follower
+    process: type[Process] = Process
+    transfer: type[Transfer] = Transfer
+    lends: bool = False  # most seeds are older than that; what changed them since is another matter
     ranks: int = 1
     steps: int = 10
     seed: int = 0
@@ -58,6 +66,7 @@ class Sabotage:
                 climate=self.climate,
                 faults=self.faults,
                 triggers=self.triggers,
+                lends=self.lends,
                 **types,
             )
 
@@ -65,6 +74,14 @@ class Sabotage:
 NOTHING = Faults()
 BUSY = Faults(kill=2, join=2, link=2, veto=2, error=2, drain=1)
 BROKEN_PATHS = Faults(broken_path=1)
+_LOAN: dict[str, Any] = {
+    "lends": True,
+    "groups": 3,
+    "climate": SLOW_TRANSFERS,
+    "faults": NOTHING,
+    "triggers": ONE_DONOR_DIES,
+    "seeds": 10,
+}
 CASES = {
     "a step is committed on one's own vote": Sabotage(replica=sabotage.CommitsOnItsOwnVote, expect="I2"),
     "a proposal is adopted on MIN alone": Sabotage(
@@ -218,6 +235,19 @@ CASES = {
     "a follower's average is lost with the quorum": Sabotage(
         follower=sabotage.ForgetsItsAverage, expect="STUCK", seed=49, seeds=1, ranks=2, steps=6
     ),
+    "donors do not keep still": Sabotage(process=sabotaged_loans.DoesNotKeepStill, expect="R2", **_LOAN),
+    "a donor revokes its loan after it went on": Sabotage(
+        process=sabotaged_loans.RevokesAfterwards, expect="R2", **_LOAN
+    ),
+    "a notice does not end the meeting": Sabotage(
+        process=sabotaged_loans.MeetsWithoutEnd, expect="STUCK", **(_LOAN | {"groups": 4})
+    ),
+    "a joiner believes what it read before the look at the loan": Sabotage(
+        transfer=sabotaged_loans.BelievesWithoutALook, expect="R3", **(_LOAN | {"triggers": UNHEARD_ROUND, "seeds": 40})
+    ),
+    "a history is founded on weights that are half overwritten": Sabotage(
+        process=sabotaged_loans.FoundsWhileTorn, expect="R4", **(_LOAN | {"triggers": ALL_DONORS_DIE})
+    ),
     "a follower ballots once a step": Sabotage(
         follower=sabotage.BallotsOnce, expect="STUCK", seed=56, seeds=1, ranks=2, steps=6
     ),
@@ -227,7 +257,8 @@ CASES = {
 @pytest.mark.parametrize("name", CASES)
 def test_a_dropped_rule_is_caught(name: str) -> None:
     case = CASES[name]
-    types = {"leader_type": case.leader, "follower_type": case.follower}
+    types: dict[str, Any] = {"leader_type": case.leader, "follower_type": case.follower}
+    types |= {"process_type": case.process, "transfer_type": case.transfer}
     for world in case.worlds(replica_type=case.replica, lighthouse_type=case.lighthouse, **types):
         outcome = world.run()
         if not outcome.is_ok:

@@ -195,9 +195,14 @@ class Job:
 
     def ledger(self) -> dict[str, dict[str, float]]:
         """Where each group's time went, as `everstep status` has it."""
-        where = LinkTarget(url=f"http://{self.address}", credentials=Credentials(job_id="default"))
-        found: dict[str, dict[str, float]] = job_status(where)["ledger"]
+        found: dict[str, dict[str, float]] = self.status()["ledger"]
         return found
+
+    def status(self) -> dict[str, Any]:
+        token = self._network.token_file.read_bytes() if self._network is not None else None
+        where = LinkTarget(url=f"http://{self.address}", credentials=Credentials(job_id="default", token=token))
+        with self._at_the_lighthouse():
+            return job_status(where)
 
     def _at_the_lighthouse(self) -> contextlib.AbstractContextManager[None]:
         return contextlib.nullcontext() if self._network is None else inside(self._network.hosts.file("lighthouse"))

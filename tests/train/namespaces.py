@@ -96,6 +96,11 @@ class Hosts:
         """These can reach each other, and nobody else."""
         self.cut(names, [name for name in self._numbers if name not in names])
 
+    def slow(self, receiver: str, bytes_per_s: int) -> None:
+        """From here on no more than that arrives at `receiver`, of everything together."""
+        limit = ("tbf", "rate", f"{8 * bytes_per_s}bit", "burst", "128kb", "latency", "100ms")
+        _run("tc", "-n", self._router, "qdisc", "add", "dev", f"v{self._numbers[receiver]}", "root", *limit)
+
     def heal(self) -> None:
         for sender, receiver in self._lost:
             self._rule("del", sender, receiver)
@@ -129,6 +134,10 @@ class Hosts:
 
 
 def _ip(*words: str) -> None:
-    done = subprocess.run(["ip", *words], capture_output=True, text=True)
+    _run("ip", *words)
+
+
+def _run(*words: str) -> None:
+    done = subprocess.run(words, capture_output=True, text=True)
     if done.returncode != 0:
-        raise OSError(f"ip {' '.join(words)}: {done.stderr.strip()}")
+        raise OSError(f"{' '.join(words)}: {done.stderr.strip()}")

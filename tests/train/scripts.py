@@ -8,6 +8,7 @@ import ctypes
 import dataclasses
 import logging
 import os
+import resource
 import signal
 import threading
 import time
@@ -30,6 +31,8 @@ from tests.train.recording import Commits, HistoryFile, RecordingSampler, digest
 from tests.train.task import LEARNING_RATE, MOMENTUM, loss_of, make_dataset, make_net
 
 HOLD_DEADLINE_S = 30.0
+BULK_PART = 1 << 20  # elements that are compared at a time
+BULK_CHANGES_MAX = 256 << 20  # more takes too long in every step
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -70,6 +73,7 @@ class Plan:
     pace_s: float = 0.0  # that a forward pass takes at least
     agent_token: str = ""  # EVERSTEP_WORKER
     ballast_bytes: int = 0  # of memory that the process holds, in pages of its own
+    state_bytes: int = 0  # of live state beside the model, each group's its own to begin with
     is_rich: bool = False  # train what takes every path of the reductions
 
     @property
@@ -184,6 +188,37 @@ class StrikingState:
         self._worker.strike("apply")
 
 
+class BulkState:
+    """Live state of any size that every forward pass changes, all of it; tells what was loaded."""
+
+    def __init__(self, worker: "Worker") -> None:
+        self._report = worker.report
+        self.content = torch.arange(worker.plan.state_bytes // 8).mul_(2 * worker.plan.group + 1)
+
+    def advance(self) -> None:
+        if self.content.nbytes <= BULK_CHANGES_MAX:
+            self.content.add_(1)
+
+    def state_dict(self) -> dict[str, object]:
+        return {"content": self.content}
+
+    def load_state_dict(self, state: dict[str, object]) -> None:
+        content = state["content"]
+        assert isinstance(content, torch.Tensor)
+        self.content.copy_(content)
+        peak_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
+        self._report({"event": "bulk", "is_from": self._is_from(), "peak_bytes": peak_bytes})
+
+    def _is_from(self) -> int | None:
+        """The group that made it; None if it was not whole at any one instant."""
+        first, second = int(self.content[0]), int(self.content[1])
+        for at in range(0, len(self.content), BULK_PART):
+            part = self.content[at : at + BULK_PART]
+            if not torch.equal(part, torch.arange(at, at + len(part)).mul_(second - first).add_(first)):
+                return None
+        return (second - first) // 2
+
+
 class Reports(logging.Handler):
     """Sends Everstep's log lines to the test, without their `[job group/rank - step]`."""
 
@@ -275,6 +310,9 @@ class Worker:
                 dataset, batch_sampler=sampler, num_workers=self.plan.workers, multiprocessing_context=context
             )
             manager.register("striking", StrikingState(self))
+            bulk = BulkState(self)
+            if self.plan.state_bytes:
+                manager.register("bulk", bulk)
             next(net.children()).register_forward_hook(lambda *_: self.strike("forward"))
             next(net.parameters()).register_hook(lambda _: self.strike("backward"))  # type: ignore[no-untyped-call]
             for epoch in range(1 << 30):
@@ -284,6 +322,7 @@ class Worker:
                     self.first_step = self.first_step or self.step
                     optimizer.zero_grad()
                     self._stall()
+                    bulk.advance()
                     if self.plan.pace_s:  # stands for an accelerator that is busy
                         threading.Event().wait(self.plan.pace_s)
                     loss = loss_of(model, x, y)

@@ -1,9 +1,12 @@
 """Deaths while live state moves: whoever dies, the others go on, and who joins has all of the state or none."""
 
+import pytest
+
 from everstep.core.events import EventKind, JobEvent
 from tests.train.job import Job, Running, assert_same_bits
 
 WIDTH = 1024
+GIB = 1 << 30
 
 
 def _until_joined(job: Job, members: list[Running], participants: int) -> None:
@@ -88,3 +91,21 @@ def test_a_joiner_that_is_killed_when_it_has_just_read_the_state_comes_back() ->
         job.stop()
         assert_same_bits([*survivors, returned])
         assert not [report for member in survivors for report in member.steps if not report["committed"]]
+
+
+@pytest.mark.soak
+def test_a_group_with_4_gib_of_state_comes_back_without_a_second_copy_of_it() -> None:
+    plan = {"state_bytes": 4 * GIB}
+    with Job(2) as job:
+        job.start_all(dict.fromkeys(range(2), plan))
+        survivor, victim = job.running.values()
+        job.until(lambda: min(survivor.step, victim.step) >= 3, "both train", 180.0)
+        victim.process.kill()
+        job.until_gone(victim)
+        returned = job.start(1, seed=7, **plan)
+        job.until(lambda: returned.step > 0 and survivor.participants == 2, "it is back", 180.0)
+        job.stop()
+        assert_same_bits([survivor, returned])
+        (loaded,) = [record for record in returned.records if record["event"] == "bulk"]
+        assert loaded["is_from"] == 0
+        assert loaded["peak_bytes"] < 4 * GIB + GIB // 2

@@ -118,7 +118,7 @@ class Replica(ReplicaState):
             if self.quorum is not None:
                 out += self._send(Failed(self.quorum.id, None, "still waiting for a decision"))
         if self._leave_at is not None and now >= self._leave_at and not self.has_left:
-            out += self._leave("drained: nobody took its place in time")
+            out += [*self._leave("drained: nobody took its place in time"), *self._cut()]
         return out
 
     def next_deadline(self) -> float | None:
@@ -286,7 +286,7 @@ class Replica(ReplicaState):
         self._put_off = None
         if self.wants_to_leave or self.has_left:
             self.has_left = True
-            return out
+            return out + self._cut()
         out += self._leave_group()
         self.member = MemberId(self.config.replica_id, message.incarnation)
         self.lineage, self.attempt = None, 0
@@ -374,7 +374,7 @@ class Replica(ReplicaState):
         return out + self._react_to_what_was_put_off()
 
     def _collective_failed(self, event: CollectiveFailed, now: float) -> list[Effect]:
-        if self.is_frozen or self.quorum is None or event.quorum_id != self.quorum.id:
+        if self.has_left or self.is_frozen or self.quorum is None or event.quorum_id != self.quorum.id:
             return []
         self._doubt_at = now + FAILED_AGAIN_S
         peer = None

@@ -287,6 +287,10 @@ class ReplicaState:
         self._proposals.clear()
         return out
 
+    def _cut(self) -> list[Effect]:
+        """It has left, maybe in a collective that has no deadline, and whose other ends it may not hear closing."""
+        return [Sever(self.quorum.id)] if self.quorum is not None else []
+
     def _enter(self, quorum: Quorum) -> None:
         self.quorum, self.plan, self._doubt_at = quorum, None, None
         self.is_settled = False

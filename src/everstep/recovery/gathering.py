@@ -13,8 +13,8 @@ from everstep.recovery.connection import Connection, Wanted
 from everstep.recovery.fit import check_fit
 from everstep.recovery.landing import Landing
 from everstep.recovery.manifest import Manifest, build, have_same_layout
-from everstep.recovery.report import FetchReport
 from everstep.recovery.readers import Readers, reader_count
+from everstep.recovery.report import FetchReport
 from everstep.recovery.request import FetchRequest, Progress
 from everstep.recovery.same_host import PeerMemory
 from everstep.recovery.source import Damaged, SourceConnection

@@ -53,6 +53,8 @@ RANK_POINTS = (
     "Ballot",
     "RankFailed",
 )
+# Reached where live state is lent: by a donor that keeps still, by a joiner that has read a chunk, or all of them.
+LOAN_POINTS = ("Lent", "Landed", "Fetched")
 GROUPS_MANY = 6
 # After the message went to one link, before it goes to the next: only for "lighthouse_sending", which draws from these.
 SENDING_POINTS = tuple(f"lighthouse:sent:{kind}" for kind in ("Grant", "Grant", "Notice", "Proposal", "Switch"))
@@ -216,3 +218,4 @@ CLIMATES = (
     Climate(name="sluggish", delays=Delays(wake=(0.0, 0.2), startup=(0.0, 3.0))),
     Climate(name="heavy", delays=Delays(compute=(1.0, 20.0), transfer=(0.5, 30.0)), patience=20.0),
 )
+SLOW_TRANSFERS = Climate(name="slow-transfers", delays=Delays(transfer=(0.1, 6.0)))

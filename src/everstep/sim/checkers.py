@@ -7,6 +7,7 @@ from everstep.core.replica_state import ReplicaState
 from everstep.core.types import Lineage, MemberId, Quorum, QuorumId
 
 Batch = tuple[str, int]  # (name of a process, number of its batch)
+TORN = -1  # value and step of weights that a transfer has begun to overwrite
 
 
 class Violation(Exception):
@@ -23,6 +24,24 @@ class Weights:
     def applied(self, gradient: tuple[Batch, ...]) -> "Weights":
         digest = hashlib.blake2b(repr((self.value, gradient)).encode(), digest_size=8).digest()
         return Weights(int.from_bytes(digest, "big"), self.step + 1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Memory:
+    """What a process trains, as it is at one instant; `changes` counts what has changed it, a forward pass included."""
+
+    value: int
+    step: int
+    changes: int
+
+
+@dataclasses.dataclass
+class Loan:
+    """Live state that readers may believe, until it is revoked."""
+
+    quorum_id: QuorumId
+    lent: Memory
+    is_revoked: bool = False
 
 
 class Checkers:
@@ -101,3 +120,23 @@ class Checkers:
         known = self.weights.setdefault((lineage.history, lineage.step), weights.value)
         if known != weights.value:
             raise Violation(f"I2 {process} recovered other weights at step {lineage.step}")
+
+    # ---- the loan of live state (docs/decisions/011)
+
+    def lent(self, process: str, lineage: Lineage, weights: Weights) -> None:
+        """A donor lends the state of the step that it committed to."""
+        known = self.weights.setdefault((lineage.history, lineage.step), weights.value)
+        if known != weights.value or weights.step != lineage.step:
+            raise Violation(f"R1 {process} lends {weights} for step {lineage.step}")
+
+    def changes(self, process: str, loan: Loan | None) -> None:
+        if loan is not None:
+            raise Violation(f"R2 {process} changes what it has lent in quorum {loan.quorum_id}")
+
+    def believed(self, process: str, loan: Loan, seen: Memory) -> None:
+        if seen != loan.lent:
+            raise Violation(f"R3 {process} believes {seen}, and {loan.lent} was lent")
+
+    def contributes(self, process: str, weights: Weights) -> None:
+        if weights.value == TORN:
+            raise Violation(f"R4 {process} trains with weights that are half overwritten")

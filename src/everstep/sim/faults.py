@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from everstep.core.types import natural_key
-from everstep.sim.budgets import RANK_POINTS, Faults, Trigger
+from everstep.sim.budgets import LOAN_POINTS, RANK_POINTS, Faults, Trigger
 
 if TYPE_CHECKING:
     from everstep.sim.party import Party
@@ -22,7 +22,7 @@ class Injector:
         self._world = world
         self._rng = world.rng
         self._faults = faults
-        more_points = RANK_POINTS if world.ranks > 1 else ()
+        more_points = (RANK_POINTS if world.ranks > 1 else ()) + (LOAN_POINTS * 3 if world.lends else ())
         drawn = [Trigger.drawn(self._rng, more_points) for _ in range(faults.at_points)]
         spare = random.Random(f"sending {world.seed}")  # older seeds still mean what they meant
         drawn += [Trigger.drawn_of_sends(spare) for _ in range(faults.lighthouse_sending)]

@@ -1,31 +1,25 @@
-"""A process of the virtual world: its machine, its link, its collectives; what it trains is its subclasses' affair."""
+"""A process of the virtual world: its machine and its link; its training thread is its subclasses' affair."""
 
 import abc
 from collections import deque
-from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from everstep.core.messages import Activity, Effect, Exit, Log, Send, Sever, Tell, ToMember
+from everstep.core.messages import Effect, Exit, Log, Send, Sever, Tell, ToMember
 from everstep.core.moves import (
     AskToLeave,
-    BarrierEnded,
     CollectiveFailed,
     Leave,
     LinkDown,
     LinkUp,
     ReadyToJoin,
     ReplicaEvent,
-    StateRecovered,
 )
-from everstep.core.recovery_plan import Claim
-from everstep.core.types import Lineage, Quorum, QuorumId
+from everstep.core.types import QuorumId
 from everstep.sim.checkers import Violation, Weights
-from everstep.sim.network import Channel, NoAnswer, Outcome
+from everstep.sim.network import Channel
 
 if TYPE_CHECKING:
     from everstep.sim.world import World
-
-COLLECTIVE_TIMEOUT_S = 30.0  # where no notice ends them: longer than anybody computes
 
 
 class Party(abc.ABC):
@@ -227,97 +221,12 @@ class Party(abc.ABC):
             self._busy = None
             self.feed(CollectiveFailed(quorum.id, peer, "spurious"))
 
-    # ---- what every training thread does
+    # ---- the training thread
 
     @abc.abstractmethod
     def _advance(self) -> None:
         """Go on as far as the machine lets it."""
 
-    def _mark(self, activity: Activity) -> None:
-        self.replica.mark(activity, self._world.now)
-
+    @abc.abstractmethod
     def _sever(self, up_to: QuorumId) -> None:
-        self._world.leave_quorums(self, up_to)
-        if self._busy is not None and self._busy[0] != "compute":
-            self._busy = None
-
-    def _wait_for(self, what: tuple[str, ...], delay: float, then: Callable[[], None]) -> None:
-        self._busy = what
-
-        def woken() -> None:
-            if not self.is_alive or self._busy is not what:
-                return
-            if self._world.now < self.frozen_until:
-                self._world.at(self.frozen_until, woken)
-                return
-            self._busy = None
-            then()
-            self._advance()
-
-        self._world.after(delay, woken)
-
-    def _issue(self, quorum: Quorum, kind: str, value: object, then: Callable[[Sequence[object]], None]) -> None:
-        token = (kind, str(quorum.id))
-        self._busy = token
-        self._mark(Activity.WAITING)
-
-        def done(values: Outcome) -> None:
-            if not self.is_alive:
-                return
-            if self._world.now < self.frozen_until:
-                self._world.at(self.frozen_until, lambda: done(values))
-                return
-            if self._busy is token:
-                self._busy = None
-                if isinstance(values, NoAnswer):
-                    rank = quorum.rank_of(values.peer)
-                    self._report(CollectiveFailed(quorum.id, rank, f"no answer: {kind}", is_unreachable=True))
-                elif values is None:
-                    self._report(CollectiveFailed(quorum.id, None, kind))
-                else:
-                    then(values)
-            elif values is not None and not isinstance(values, NoAnswer):
-                then(values)  # it raced with a freeze, or an error of another path: the machine must ignore it
-
-        if not self.replica.config.freezes_on_notice:
-
-            def expired() -> None:
-                if self._busy is token:
-                    done(None)
-
-            self._world.after(COLLECTIVE_TIMEOUT_S, expired)
-        self._world.joined(self, quorum.id)
-        collectives = self._world.collectives_of(self.rank)
-        members = (quorum.id, quorum.member_ids)
-        collectives.issue(members, self.replica.member, kind, value, done)
-        if collectives.mixed:
-            raise Violation(collectives.mixed)
-
-    def _built(self, quorum: Quorum, values: Sequence[object]) -> None:
-        claims = tuple(v for v in values if isinstance(v, Claim))
-        self._report(BarrierEnded(quorum.id, claims))
-
-    def _recover(self, quorum: Quorum, source: int, lineage: Lineage) -> None:
-        member = quorum.members[source].id
-        self._mark(Activity.RECOVERING)
-
-        def fetched() -> None:
-            donor = self._world.process_of(member, self.rank)
-            if not self._world.collectives_of(self.rank).has_path(member.replica_id, self.replica_id):
-                self._report(CollectiveFailed(quorum.id, source, "no answer: source", is_unreachable=True))
-                return
-            if donor is None or not donor.is_alive or donor.replica.lineage != lineage:
-                self._report(CollectiveFailed(quorum.id, source, "its source is gone, or went on"))
-                return
-            if donor.weights.step != lineage.step:  # its optimizer has not run yet
-                self._wait_for(("transfer",), self._world.draw("message"), fetched)
-                return
-            self._take(lineage, donor.weights)
-            self._report(StateRecovered(quorum.id))
-
-        self._wait_for(("transfer",), self._world.draw("transfer"), fetched)
-
-    def _take(self, lineage: Lineage, weights: Weights) -> None:
-        self.weights = weights
-        self._applied_step, self._history = lineage.step, lineage.history
-        self._world.checkers.recovered(self.name, lineage, weights)
+        """Every collective of these quorums, and a transfer in one, ends for this process."""

@@ -5,16 +5,17 @@ from typing import TYPE_CHECKING
 
 from everstep.core.messages import Activity
 from everstep.core.moves import Build, GradientsReduced, Recover, Reduce, ReplicaConfig, Vote, VoteEnded
+from everstep.core.recovery_plan import Claim
 from everstep.core.replica import Replica
 from everstep.core.types import Quorum, QuorumId
 from everstep.sim.checkers import Batch, Violation, Weights
-from everstep.sim.party import Party
+from everstep.sim.trainer import Trainer
 
 if TYPE_CHECKING:
     from everstep.sim.world import World
 
 
-class Process(Party):
+class Process(Trainer):
     """One start of it."""
 
     replica: Replica
@@ -30,10 +31,13 @@ class Process(Party):
         self.replica.ledger.begin(world.now)
 
     def _advance(self) -> None:
-        if not self.is_alive or self._is_hung or (self._busy is not None and not self.replica.has_left):
+        if not self.is_alive or self._is_hung or (self._busy is not None and not self._is_let_go()):
             return
         if self._world.now < self.frozen_until:
-            self._wait_for(("stopped",), self.frozen_until - self._world.now, lambda: None)
+            self.wait_for(("stopped",), self.frozen_until - self._world.now, lambda: None)
+            return
+        self._revoke()
+        if self._settling is not None and self._lends():
             return
         self._take_decisions()
         if self._is_leaving:
@@ -43,10 +47,13 @@ class Process(Party):
         match move:
             case Build(quorum, claim):
                 self._world.faults.reached("Build", self)
+                if self._must_end(claim):
+                    self._world.exited(self)
+                    return
                 self._issue(quorum, "barrier", claim, lambda values: self._built(quorum, values))
-            case Recover(quorum, source, lineage):
+            case Recover():
                 self._world.faults.reached("Recover", self)
-                self._recover(quorum, source, lineage)
+                self._recover(move)
             case Reduce(quorum):
                 self._world.faults.reached("Reduce", self)
                 self._reduce(quorum)
@@ -76,6 +83,7 @@ class Process(Party):
         if replica.step == self._applied_step + 1:
             if self._gradient is None:
                 raise Violation(f"{self.name} committed step {replica.step} without holding its gradient")
+            self._change()
             self.weights = self.weights.applied(self._gradient)
             self._applied_step = replica.step
             self._world.checkers.applied(self.name, replica.lineage, self.weights, self._gradient)
@@ -87,6 +95,10 @@ class Process(Party):
             self.steps_aborted += 1
             self._gradient, self._batch_for = None, None
             self._new_batch()
+
+    def _must_end(self, claim: Claim) -> bool:
+        """It is to found a history with what a transfer that did not end has left of its weights."""
+        return claim.lineage is not None and self.is_torn
 
     def _new_batch(self) -> None:
         self._batch = (self.name, self._batch[1] + 1)
@@ -103,8 +115,10 @@ class Process(Party):
             if self._hangs_next:
                 self._hangs_next, self._is_hung = False, True
                 return
-            self._wait_for(("compute",), self._world.compute_s(self.replica.step), computed)
+            self._change()
+            self.wait_for(("compute",), self._world.compute_s(self.replica.step), computed)
             return
+        self._world.checkers.contributes(self.name, self.weights)
         value = (self.replica.lineage, self.replica.attempt, self._batch)
         self._issue(quorum, "reduce", value, lambda values: self._reduced(quorum, values))
 

@@ -28,7 +28,7 @@ from everstep.core.moves import (
 )
 from everstep.core.types import Lineage, Quorum, QuorumId
 from everstep.sim.checkers import Batch, Violation, Weights
-from everstep.sim.party import Party
+from everstep.sim.trainer import Trainer
 
 if TYPE_CHECKING:
     from everstep.sim.teams import Team
@@ -37,7 +37,7 @@ OLD_QUORUM_S = 0.5  # that the others keep it open for one that leaves
 MOVES_MAX = 100  # without anything that takes time: more is a spin
 
 
-class RankParty(Party):
+class RankParty(Trainer):
     """One rank. Its script computes, may wait for a first reduction before it adds a second, and comes to the vote."""
 
     replica: Any
@@ -50,7 +50,6 @@ class RankParty(Party):
         self._inbox: deque[Callable[[], None]] = deque()
         self._script_has_ended = False
         self._issued_in: QuorumId | None = None  # the quorum of its newest collective, or recovery
-        self._settling: QuorumId | None = None  # past its own barrier, and waiting for the other ranks'
         self._try: Try | None = None  # the batch at hand; core's word for it is Batch
         self._is_agreeing = False
         self._number = 0  # of batches that ended
@@ -128,7 +127,7 @@ class RankParty(Party):
 
     def _advance(self) -> None:
         for _ in range(MOVES_MAX):
-            if self._waits_in is not None and self.replica.has_left:
+            if self._waits_in is not None and self._is_let_go():
                 self._end_collective(self._busy)
             if not self.is_alive or self._is_hung or self._busy is not None or not self._go_on():
                 return
@@ -148,8 +147,9 @@ class RankParty(Party):
         """One move of it. Whether to look again at once."""
         replica = self.replica
         if self._world.now < self.frozen_until:
-            self._wait_for(("stopped",), self.frozen_until - self._world.now, lambda: None)
+            self.wait_for(("stopped",), self.frozen_until - self._world.now, lambda: None)
             return False
+        self._revoke()
         if replica.refusal is not None:
             self.team.give_up(self)
             return False
@@ -160,8 +160,10 @@ class RankParty(Party):
             return False
         if self._settling is not None:
             if replica.awaits_plan and replica.quorum.id == self._settling:
+                return False  # for the other ranks' barriers
+            self._note_history()
+            if self._lends():
                 return False
-            self._settling = None
         if self._is_agreeing:
             return self._agree()
         return self._follow(replica.next_move())
@@ -207,23 +209,28 @@ class RankParty(Party):
             super(RankParty, self)._take(lineage, weights)
             self._say(Applied())
 
-        self._wait_for(("apply",), self._world.draw("apply"), applied)
+        self.wait_for(("apply",), self._world.draw("apply"), applied)
 
     def _begin(self) -> None:
+        self._note_history()
         replica = self.replica
-        if self._history != replica.lineage.history:
-            # It founds a history with what it has: its initial state, or what it applied of a history that was lost.
-            self._history, self.weights = replica.lineage.history, Weights(self.weights.value, replica.step)
         if self.weights.step != replica.step:
             raise Violation(f"{self.name} trains step {replica.step} with the weights of step {self.weights.step}")
         self._try = self._begin_batch()
+
+    def _note_history(self) -> None:
+        """It may have founded one with what it has: its initial state, or what it applied of one that was lost."""
+        lineage = self.replica.lineage
+        if lineage is not None and self._history != lineage.history:
+            self._history, self.weights = lineage.history, Weights(self.weights.value, lineage.step)
 
     def _compute(self, then: Callable[[], None]) -> None:
         self._mark(Activity.COMPUTING)
         if self._hangs_next:
             self._hangs_next, self._is_hung = False, True
             return
-        self._wait_for(("compute",), self._world.compute_s(self.replica.step), then)
+        self._change()
+        self.wait_for(("compute",), self._world.compute_s(self.replica.step), then)
 
     def _append(self) -> None:
         """The script adds a reduction. It comes to the vote at once, or when the reductions so far are complete."""
@@ -248,11 +255,11 @@ class RankParty(Party):
             case Build(quorum, claim):
                 self._world.faults.reached("Build", self)
                 self._issued_in = quorum.id
-                self._issue(quorum, "barrier", claim, lambda values: self._passed(quorum, values))
-            case Recover(quorum, source, lineage):
+                self._issue(quorum, "barrier", claim, lambda values: self._built(quorum, values))
+            case Recover(quorum):
                 self._world.faults.reached("Recover", self)
                 self._issued_in = quorum.id
-                self._recover(quorum, source, lineage)
+                self._recover(move)
             case Reduce(quorum):
                 self._world.faults.reached("Reduce", self)
                 self._reduce(quorum)
@@ -261,10 +268,6 @@ class RankParty(Party):
             case _:
                 self._mark(Activity.WAITING)
         return False
-
-    def _passed(self, quorum: Quorum, values: Sequence[object]) -> None:
-        self._settling = quorum.id
-        self._built(quorum, values)
 
     def _reduce(self, quorum: Quorum) -> None:
         if self._reduced_in != quorum.id:
@@ -368,6 +371,7 @@ class RankParty(Party):
                 raise Violation(f"{self.name} committed step {outcome.step} and holds {self._results}")
             if self._wants_together and self._prepared_for != tuple(self._results):
                 raise Violation(f"{self.name} prepared for {self._prepared_for} and committed {self._results}")
+            self._change()
             self.weights = self.weights.applied(self._results[0])
             assert lineage is not None
             self._world.checkers.applied(self.name, lineage, self.weights, self._results[0])

@@ -13,14 +13,16 @@ from everstep.core.moves import ReplicaConfig
 from everstep.core.replica import Replica
 from everstep.core.types import MemberId, QuorumId
 from everstep.sim.agents import Agents
-from everstep.sim.budgets import CLIMATES, GROUPS_MANY, Climate, Faults, Trigger
+from everstep.sim.budgets import CLIMATES, GROUPS_MANY, SLOW_TRANSFERS, Climate, Faults, Trigger
 from everstep.sim.checkers import Checkers, Violation, Weights
 from everstep.sim.faults import Injector
 from everstep.sim.lighthouse_node import LighthouseNode
+from everstep.sim.loans import Transfer
 from everstep.sim.network import Channel, Clock, Collectives, Delays
 from everstep.sim.party import Party
 from everstep.sim.process import Process
 from everstep.sim.teams import Script, Teams
+from everstep.sim.trainer import Trainer
 
 EVENTS_MAX = 300_000
 HEAL_LIMIT_S = 60.0  # I7: virtual time after the last fault within which all must go on together
@@ -78,12 +80,19 @@ class World:
         leader_type: type[Leader] = Leader,
         follower_type: type[Follower] = Follower,
         agents: bool = False,
+        lends: bool | None = None,
+        process_type: type[Process] = Process,
+        transfer_type: type[Transfer] = Transfer,
     ) -> None:
         """What is not given is drawn from the seed. Sabotaged types of machines prove that the checkers can fail."""
         self.seed = seed
         self.rng = random.Random(seed)
         self.clock = Clock()
         self.climate = climate or self.rng.choice(CLIMATES)
+        spare = random.Random(f"lends {seed}")
+        self.lends = lends if lends is not None else spare.random() < 0.9  # else a member of an older version is there
+        if self.lends and climate is None and spare.random() < 0.3:
+            self.climate = SLOW_TRANSFERS
         if groups >= GROUPS_MANY and climate is None:
             self.climate = self.climate.for_many_groups()
         self.delays = self.climate.delays
@@ -96,6 +105,8 @@ class World:
         self.leader_type = leader_type
         self.follower_type = follower_type
         self.lighthouse_type = lighthouse_type
+        self.process_type = process_type
+        self.transfer_type = transfer_type
         if faults is None:
             faults = Faults.drawn(self.rng)
             if ranks > 1:
@@ -117,7 +128,7 @@ class World:
         self._links = 0
         self._starts = 0
         self._quorums: dict[str, dict[QuorumId, MemberId]] = {}
-        self._by_member: dict[tuple[MemberId, int], Party] = {}
+        self._by_member: dict[tuple[MemberId, int], Trainer] = {}
         self._goal: int | None = None  # to be reached by all, once no fault comes any more
 
     def _job_config(self) -> JobConfig:
@@ -179,7 +190,7 @@ class World:
     def collectives_of(self, rank: int) -> Collectives:
         return self._collectives[rank]
 
-    def joined(self, party: Party, quorum_id: QuorumId) -> None:
+    def joined(self, party: Trainer, quorum_id: QuorumId) -> None:
         member = party.replica.member
         self._quorums.setdefault(party.name, {})[quorum_id] = member
         self._by_member[member, party.rank] = party
@@ -190,7 +201,7 @@ class World:
         for quorum_id in [q for q in joined if up_to is None or q <= up_to]:
             self._collectives[party.rank].leave(quorum_id, joined.pop(quorum_id))
 
-    def process_of(self, member: MemberId, rank: int) -> Party | None:
+    def process_of(self, member: MemberId, rank: int) -> Trainer | None:
         return self._by_member.get((member, rank))
 
     def left(self, process: Party) -> None:
@@ -221,7 +232,7 @@ class World:
         if self.ranks > 1:
             self.processes[replica_id] = self.teams.start(name, config, initial)
             return
-        process = Process(self, name, config, initial)
+        process = self.process_type(self, name, config, initial)
         self.processes[replica_id] = process
         process.start()
 
