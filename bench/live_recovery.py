@@ -7,6 +7,7 @@ All in one run, on loopback, each figure the median of --times rounds in which t
     bare         a plain socket copy into touched memory, no digests: what the machine can do
     one, three   Everstep from one donor and from --donors, into the joiner's own tensors, every digest verified
     same host    Everstep reading the donor's memory, as it chooses by itself on one host (the others are kept to HTTP)
+    group        Everstep over a process group from one donor, and from --donors, the building of the group included
     growth       MiB by which the receiver's memory grew beyond the state, at its peak
     slow reader  the median step of a donor while somebody reads its snapshot with 64 KiB/s, over that without
     pause        a job of two survivors and a joiner: milliseconds that the step with the join took longer than others,
@@ -41,10 +42,11 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent))
 
 import first_step
+from group_transfer import GroupDonor, GroupJoiner
 from join_pause import pauses, spawn
 from rival_transfer import NAMES as RIVALS
 
-from everstep.recovery import Fetch, FetchRequest, InPlace, RecoveryServer, Snapshot
+from everstep.recovery import Fetch, FetchRequest, InPlace, RecoveryServer, Snapshot, Transfer
 from everstep.recovery.http import ChunksRequest
 from everstep.recovery.snapshot import memory_of
 
@@ -73,13 +75,15 @@ def donate(mib: int, pipe: Any) -> None:
     state = state_of(mib, 1)
     listener = socket.create_server(("127.0.0.1", 0))
     threading.Thread(target=_serve_bare, args=(listener, state), daemon=True).start()
-    with RecoveryServer() as server:
+    with RecoveryServer() as server, contextlib.closing(GroupDonor()) as over_group:
         url = server.start("127.0.0.1", "127.0.0.1")
         pipe.send((url, listener.getsockname()[1]))
         while (order := pipe.recv()) != "end":
             if order == "offer":
                 # A loan of its own for every fetch: its digests have to be computed again.
                 server.offer(KEY, Snapshot.lend(state))
+            elif isinstance(order, Transfer):
+                over_group.offer(state, order)
             elif order == "offer a copy":
                 small = {"model": {"w": torch.zeros(64 << 18)}}
                 server.offer(KEY, snapshot := Snapshot.take(small))
@@ -122,7 +126,7 @@ class Donor:
     def wait_started(self) -> None:
         self.url, self.bare_port = self.say(None)
 
-    def say(self, order: str | None) -> Any:
+    def say(self, order: str | Transfer | None) -> Any:
         if order is not None:
             self._pipe.send(order)
         if not self._pipe.poll(DEADLINE_S):
@@ -153,8 +157,10 @@ def transfers(mib: int, times: int, count: int, rival: "Receiver | None", own: d
     touched = torch.zeros(mib << 20, dtype=torch.uint8)
     ours = (("one", 1, False), ("donors", count, False), ("same_host", 1, True))
     seconds: dict[str, list[float]] = {"bare": [], "one": [], "donors": [], "same_host": []}
+    over_group = (("group", 1), ("group_donors", count))
+    seconds |= {name: [] for name, _ in over_group}
     growth: list[float] = []
-    with donors(count, mib) as made:
+    with donors(count, mib) as made, GroupJoiner() as joiner:
         urls = [donor.url for donor in made]
         for _ in range(times):
             seconds["bare"].append(_bare(made[0].bare_port, touched))
@@ -164,6 +170,10 @@ def transfers(mib: int, times: int, count: int, rival: "Receiver | None", own: d
                 took_s, grown_mib = _fetch(urls[:used], own, is_local=is_local)
                 seconds[name].append(took_s)
                 growth.append(grown_mib)
+            for name, used in over_group:
+                _clear(own)
+                seconds[name].append(joiner.fetch([donor.say for donor in made[:used]], own))
+                _check(own)
             for name in RIVALS if rival is not None else ():
                 assert rival is not None
                 seconds.setdefault(f"torchft_{name}", []).append(rival.fetch(name))
@@ -197,8 +207,7 @@ def _bare(port: int, target: torch.Tensor) -> float:
 
 
 def _fetch(urls: list[str], own: dict[str, Any], *, is_local: bool) -> tuple[float, float]:
-    for tensor in own["model"].values():
-        tensor.zero_()
+    _clear(own)
     request = FetchRequest(
         source_url=urls[0],
         other_urls=tuple(urls[1:]),
@@ -213,8 +222,17 @@ def _fetch(urls: list[str], own: dict[str, Any], *, is_local: bool) -> tuple[flo
     Fetch(request, landing=InPlace(own)).run()
     took_s = time.perf_counter() - began_at
     grown = _status_mib("VmHWM") - before
-    assert all(tensor[0] == 1 == tensor[-1] for tensor in own["model"].values())
+    _check(own)
     return took_s, grown
+
+
+def _clear(own: dict[str, Any]) -> None:
+    for tensor in own["model"].values():
+        tensor.zero_()
+
+
+def _check(own: dict[str, Any]) -> None:
+    assert all(tensor[0] == 1 == tensor[-1] for tensor in own["model"].values())
 
 
 def _status_mib(name: str) -> float:

@@ -177,8 +177,9 @@ class GlooPeers:
             links = list(self._links.values())
         if self._helper is not None:
             await_build(self._group)
-            self._helper.join(_JOIN_S)  # it may be taking the group down itself
-            self._group.take_down()
+            self._helper.join(_JOIN_S)
+            if not self._helper.is_alive():  # or it takes the group down itself, when Gloo lets go of it
+                self._group.take_down()
         deadline = time.monotonic() + _JOIN_S
         self._group.settle(deadline)
         for link in links:

@@ -17,7 +17,7 @@ from everstep.recovery.snapshot import Snapshot
 from everstep.recovery.taking import DonorConnection, Taken
 from everstep.recovery.transport import Place, Transfer
 
-SETTLE_S = 5.0
+SETTLE_S = 30.0  # it takes milliseconds, and a third of a second where Gloo does not close a connection
 _JOIN_S = 5.0
 
 MakePeers = Callable[[Place, Transfer, int], Peers]
