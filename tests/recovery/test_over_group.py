@@ -35,7 +35,7 @@ from tests.support.waiting import wait_until
 
 CHUNK_BYTES = 1 << 16
 KEY = "1.2/3/abc"
-MIB = 8.0
+MIB = 2.0
 ENDS_WITHIN_S = 5.0
 
 

@@ -26,7 +26,7 @@ from everstep.collectives.sockets import is_open
 HELPER_NAME = "everstep-peers"
 LANES = 2  # of a link: the order of messages on one says nothing of those on the other
 TALK = 0  # the lane of what is small
-_LOOK_S = 0.005
+_LOOK_S = 0.01
 _SETTLE_LOOK_S = 0.001
 _JOIN_S = 1.0
 

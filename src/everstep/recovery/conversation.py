@@ -21,7 +21,6 @@ import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import TypeVar
 
 import msgspec
 import torch
@@ -78,7 +77,6 @@ class WantDigests(msgspec.Struct, frozen=True, array_like=True, tag="digests"):
 
 
 Said = Nonce | Proof | Offered | Sent | Refused | WantChunk | WantDigests
-SaidT = TypeVar("SaidT")
 
 _encode = msgspec.msgpack.Encoder().encode
 _decoder: msgspec.msgpack.Decoder[Said] = msgspec.msgpack.Decoder(Said)
