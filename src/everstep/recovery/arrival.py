@@ -41,7 +41,7 @@ class Arrival:
         said = decode(manifest, Limits())
         check_fit(build(said, plain_leaf), self.expected, SAME_KEYS_UNDER)
         try:
-            self._assembly = Assembly(said, self.landing)
+            self._assembly = Assembly(said, self.landing, self.expected)
         except (RuntimeError, MemoryError) as error:  # torch's allocator raises RuntimeError
             raise RecoveryFailed(f"no memory for a state of {said.total_bytes} bytes: {error}") from error
         self._chunks = list(self._assembly.chunks())
