@@ -214,8 +214,8 @@ def test_the_lighthouse_takes_every_flag_that_the_documents_use(spawn: Spawner) 
 
 def test_the_simulator_takes_the_arguments_that_the_documents_use(spawn: Spawner) -> None:
     simulator = spawn(["-m", "everstep.sim", "--seed", "7", "--trace"])
+    assert simulator.expect_line("seed 7")
     assert simulator.wait() == 0
-    assert "seed 7" in simulator.stdout_path.read_text()
 
 
 def _anchors(path: Path) -> set[str]:

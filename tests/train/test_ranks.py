@@ -74,6 +74,11 @@ def test_a_rank_killed_while_its_group_recovers_costs_nobody_a_step() -> None:
             assert not any(has_applied) or point == "apply"
         job.until_all_recover(job.start_team(1))
         job.stop([*survivors, *job.team[1]])
+        applied = [line for member in job.team[1] for line in member.logs if line.startswith("recovered step=")]
+        parts = [int(line.partition(" bytes=")[2].split()[0]) for line in applied]
+        ends = [event for event in job.events() if event.kind is EventKind.RECOVERY_ENDED and event.replica_id == "1"]
+        assert (ends[-1].outcome, ends[-1].done_bytes) == ("done", sum(parts))
+        assert len(parts) == 2
         assert_nothing_lost(survivors)
         assert_ranks_agree(job)
 

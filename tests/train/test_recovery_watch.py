@@ -4,6 +4,7 @@ import itertools
 import threading
 from collections.abc import Callable
 
+import msgspec
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -108,9 +109,12 @@ def test_the_ranks_of_a_group_are_told_as_one_that_ends_with_the_last() -> None:
     )
     half = RecoveryReport(quorum_id=QuorumId(1, 2), step=3, done_bytes=4, total_bytes=8, transport="http", retries=1)
     stale = RecoveryReport(quorum_id=QuorumId(1, 1), step=1, outcome=RecoveryOutcome.FAILED)
-    assert merged([]) is None
-    assert merged([None, done, stale]) == done
-    both = merged([done, half, None])
+    assert merged([None], 2) is None
+    early = merged([None, done, stale], 2)
+    assert early is not None
+    assert (early.outcome, early.done_bytes) == (RecoveryOutcome.FETCHING, 8), "the other rank is only late"
+    assert merged([done, done], 2) == msgspec.structs.replace(done, done_bytes=16, total_bytes=16)
+    both = merged([done, half], 2)
     assert both is not None
     assert (both.outcome, both.done_bytes, both.total_bytes) == (RecoveryOutcome.FETCHING, 12, 16)
     assert (both.transport, both.retries) == ("http+memory", 1)

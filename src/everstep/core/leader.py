@@ -254,7 +254,7 @@ class Leader(Replica):
             return []
         out = super().receive(StateRecovered(quorum_id), now)
         self._has_to_apply |= self.lineage is not None
-        return out
+        return [*out, *self._send(self.heartbeat(now))]  # the group's recovery has ended
 
     def _rank_reduced(self, rank: int, report: RankReduced, now: float) -> list[Effect]:
         tally = self._tally

@@ -45,14 +45,14 @@ class RecoveryReport(msgspec.Struct, frozen=True, array_like=True, kw_only=True)
     detail: str = ""  # why it ended early
 
 
-def merged(reports: Iterable[RecoveryReport | None]) -> RecoveryReport | None:
-    """A group's, of its ranks': what they fetch for the newest quorum, added up. It fetches while one of them does."""
+def merged(reports: Iterable[RecoveryReport | None], ranks: int) -> RecoveryReport | None:
+    """A group's, of its ranks': what they fetch for the newest quorum, added up. It ends with the last of them."""
     known = [report for report in reports if report is not None]
     newest = max((report.quorum_id for report in known), default=None)
     parts = [report for report in known if report.quorum_id == newest]
-    if len(parts) <= 1:
-        return parts[0] if parts else None
-    outcomes = [part.outcome for part in parts]
+    if not parts:
+        return None
+    outcomes = {part.outcome for part in parts} | ({RecoveryOutcome.FETCHING} if len(parts) < ranks else set())
     order = (RecoveryOutcome.FAILED, RecoveryOutcome.CUT_SHORT, RecoveryOutcome.FETCHING)
     return msgspec.structs.replace(
         parts[0],

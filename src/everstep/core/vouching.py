@@ -41,7 +41,7 @@ class Vouching:
         busy = [doing for doing in doings if doing[0] is not Activity.WAITING] or doings
         activity, activity_s, section = max(busy, key=lambda doing: (bool(doing[2]), doing[1]))
         longest_s = max([own.longest_s, *(beat.longest_s for beat in beats)])
-        recovery = merged([own.recovery, *(beat.recovery for beat in beats)])
+        recovery = merged([own.recovery, *(beat.recovery for beat in beats)], ranks=1 + len(self._heard_at))
         doing = {"activity": activity, "activity_s": activity_s, "section": section}
         return msgspec.structs.replace(own, **doing, longest_s=longest_s, recovery=recovery)
 
