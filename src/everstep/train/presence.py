@@ -251,7 +251,8 @@ class Presence:
         return ""
 
     def rank_claim(self, claim: Claim) -> RankClaim:
-        return RankClaim(claim, self.group_size, self.own_recovery, meets=True, transport=self.transport.name)
+        meets = self.group_size == 1  # ranks that meet at different instants would begin a step in different quorums
+        return RankClaim(claim, self.group_size, self.own_recovery, meets=meets, transport=self.transport.name)
 
     def begin_batch(self) -> Batch:
         """The batch that the script begins; the same on every rank."""
