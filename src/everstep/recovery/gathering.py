@@ -131,7 +131,7 @@ class Gathering:
                 self._appoint(number)
             elif not self._is_like_ours(manifest):
                 raise RecoveryFailed(f"{source.url} offers a state of another layout")
-            elif is_new and number == self._board.primary:
+            elif (is_new and number == self._board.primary) or self._is_orphaned:
                 self._appoint(number)
 
     def _begin(self, manifest: Manifest) -> None:
@@ -149,6 +149,12 @@ class Gathering:
             if source.is_lost:
                 self._board.lose(number)
         self.report.total_bytes, self.report.prepared_at = manifest.total_bytes, time.monotonic()
+
+    @property
+    def _is_orphaned(self) -> bool:
+        """The primary was lost when nobody else had offered the state yet."""
+        assert self._board is not None
+        return self._board.primary is None or self.sources[self._board.primary].is_lost
 
     def _is_like_ours(self, manifest: Manifest) -> bool:
         return have_same_layout(manifest, self._layout)
@@ -185,7 +191,7 @@ class Gathering:
                 run = self._board.claim(number, now)
                 if run is not None:
                     return run, source.manifest, source.snapshot_id
-                if self._board.is_slow(number):
+                if not self._board.is_wanted(number):
                     return None
                 victim = self._board.victim_of(number, now) if self.request.dial is None else None
                 if victim is not None:
@@ -225,8 +231,7 @@ class Gathering:
         """False when it is over, or all is there; a source that was robbed waits until nobody else is left."""
         with self.changed:
             while not self.is_over and not self.is_complete:
-                others = [s for n, s in enumerate(self.sources) if n != number and not s.is_lost]
-                if self._board is None or not self._board.is_slow(number) or not others:
+                if self._board is None or self._board.is_wanted(number):
                     return True
                 self.changed.wait(LOOK_S)
             return False
