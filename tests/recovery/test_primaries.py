@@ -42,14 +42,15 @@ def test_a_slow_primary_is_asked_for_what_only_it_has() -> None:
 
     with serving(Snapshot.lend(first, CHUNK_BYTES)) as (_, slow_url), Proxy(slow_url, hold) as proxy:
         with serving() as (late, late_url):
+            lent = Snapshot.lend(second, CHUNK_BYTES)
 
-            def offer(done: int, _total: int) -> None:
-                if done:
-                    late.offer(KEY, Snapshot.lend(second, CHUNK_BYTES))
+            def offer(_done: int, _total: int) -> None:
+                if late.offers.by_id(lent.id) is None:
+                    late.offer(KEY, lent)
 
             fetch = Fetch(request_to(proxy.url, other_urls=(late_url,), expected=state_of(4) | {"rng": None}), offer)
             with Running(fetch) as running:
-                wait_until(lambda: late_url in fetch.report.bytes_from)
+                wait_until(lambda: fetch.report.retries >= 1, what="the primary is robbed")
                 go_on.set()
                 running.wait()
     there: Any = running.state
