@@ -1,8 +1,10 @@
 """The donor whose digests decide is lost, slow, or differs, at moments when no other one can take its place at once."""
 
+import logging
 import threading
 from typing import Any
 
+import pytest
 import torch
 
 from everstep.recovery import Fetch, Snapshot
@@ -28,11 +30,12 @@ def test_a_primary_that_is_lost_before_anybody_else_offers_has_an_heir() -> None
     assert_same(running.state, state)
 
 
-def test_a_slow_primary_is_asked_for_what_only_it_has() -> None:
+def test_a_slow_primary_is_asked_for_what_only_it_has(caplog: pytest.LogCaptureFixture) -> None:
     """It is robbed of its run; then the other one's generator turns out to differ."""
     first, second = state_of(4), state_of(4)
     first["rng"], second["rng"] = torch.zeros(5000), torch.ones(5000)
     held, go_on = threading.Event(), threading.Event()
+    caplog.set_level(logging.INFO)
 
     def hold(offset: int, data: bytes) -> bytes:
         if offset > 3 * CHUNK_BYTES and not held.is_set():
@@ -50,7 +53,7 @@ def test_a_slow_primary_is_asked_for_what_only_it_has() -> None:
 
             fetch = Fetch(request_to(proxy.url, other_urls=(late_url,), expected=state_of(4) | {"rng": None}), offer)
             with Running(fetch) as running:
-                wait_until(lambda: fetch.report.retries >= 1, what="the primary is robbed")
+                wait_until(lambda: "is slow" in caplog.text, what="the primary is robbed")
                 go_on.set()
                 running.wait()
     there: Any = running.state

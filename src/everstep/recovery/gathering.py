@@ -33,6 +33,7 @@ class _Source:
     manifest: Manifest | None = None
     snapshot_id: str = ""
     is_lost: bool = False
+    is_robbed: bool = False  # of its present connection
     damaged_in_a_row: int = 0
 
 
@@ -110,6 +111,7 @@ class Gathering:
     def connection_to(self, number: int) -> Connection:
         source = self.sources[number]
         with self.changed:
+            source.is_robbed = False
             source.connection = self._dial(source.url)
             if self.is_over:
                 source.connection.shut()
@@ -201,6 +203,7 @@ class Gathering:
 
     def _rob(self, victim: int) -> None:
         connection = self.sources[victim].connection
+        self.sources[victim].is_robbed = True
         logger.info("recovery: %s is slow; others fetch what it was asked for", self.sources[victim].url)
         if connection is not None:
             connection.shut()  # its thread gives back what it had claimed, when it no longer writes there
@@ -239,7 +242,7 @@ class Gathering:
     def ended(self, number: int) -> bool:
         """Its connection failed; returns whether that was because it was robbed."""
         with self.changed:
-            was_robbed = self._board is not None and self._board.is_slow(number)
+            was_robbed = self.sources[number].is_robbed
             self.report.retries += not (was_robbed or self.is_over)
             if self._board is not None:
                 self._board.give_back(number)
