@@ -88,6 +88,60 @@ def test_without_the_primarys_digests_only_what_it_sends_itself_counts() -> None
     assert board.claim(0, 0.2) == range(1)
 
 
+def test_what_arrives_when_the_primarys_digests_have_failed_is_fetched_from_it_again() -> None:
+    board = Board(3, 2)
+    board.appoint(0)
+    assert board.claim(1, 0.0) == range(1)
+    board.distrust()
+    board.landed(1, 0, TRUE, 0.1)
+    assert board.claim(1, 0.2) is None, "nobody could tell whether it is the state"
+    assert board.victim_of(1, 9.0) is None
+    for chunk in (0, 1, 2):
+        run = board.claim(0, 1.0)
+        assert run is not None
+        assert chunk in run
+        for landed in run:
+            board.landed(0, landed, TRUE, 1.0)
+        if board.is_complete:
+            break
+    assert board.is_complete
+
+
+def test_a_primary_that_was_robbed_is_asked_for_what_only_it_has() -> None:
+    board = Board(3, 2)
+    board.appoint(0)
+    assert board.claim(1, 0.0) == range(1)
+    board.landed(1, 0, OTHER, 0.1)
+    assert board.claim(0, 0.1) == range(1, 2)
+    assert board.claim(1, 0.1) == range(2, 3)
+    board.landed(1, 2, TRUE, 0.2)
+    assert board.victim_of(1, 9.0) == 0
+    board.give_back(0)
+    assert not board.is_wanted(0)
+    board.learn(0, [TRUE])
+    assert board.is_wanted(0)
+    assert board.claim(0, 9.0) == range(1)
+
+
+def test_when_the_quick_ones_are_lost_those_that_were_robbed_serve_again() -> None:
+    board = Board(40, 3)
+    board.appoint(0)
+    for source in (0, 1):
+        board.claim(source, 0.0)
+    while (run := board.claim(2, 0.1)) is not None:
+        for chunk in run:
+            board.landed(2, chunk, TRUE, 0.1)
+    for _ in range(2):
+        victim = board.victim_of(2, 9.0)
+        assert victim is not None
+        board.give_back(victim)
+    assert not board.is_wanted(0)
+    assert not board.is_wanted(1)
+    board.lose(2)
+    assert board.is_wanted(0)
+    assert board.is_wanted(1)
+
+
 @pytest.mark.parametrize("seed", range(60))
 def test_whatever_happens_every_chunk_ends_as_the_primary_has_it_and_no_two_write_at_once(seed: int) -> None:
     rng = random.Random(seed)
@@ -101,7 +155,7 @@ def test_whatever_happens_every_chunk_ends_as_the_primary_has_it_and_no_two_writ
     have: list[bytes] = [b""] * count
     told, now = 0, 0.0
     board.appoint(0)
-    for _ in range(20_000):
+    for _ in range(6_000):
         if board.is_complete:
             break
         now += rng.random() * 0.2
@@ -115,8 +169,14 @@ def test_whatever_happens_every_chunk_ends_as_the_primary_has_it_and_no_two_writ
                 told = 0
         elif rng.random() < 0.3 and told < count:
             assert board.primary is not None
+            if rng.random() < 0.1:
+                board.distrust()
+                told = count  # its digests come no more
+                continue
             board.learn(told, [truth[board.primary][told]])
             told += 1
+        elif not owed[number] and not board.is_wanted(number):
+            continue  # it was robbed: nobody asks it
         elif owed[number] and rng.random() < 0.05:
             owed[number] = []
             board.give_back(number)
@@ -128,7 +188,7 @@ def test_whatever_happens_every_chunk_ends_as_the_primary_has_it_and_no_two_writ
                 have[chunk] = truth[number][chunk]
                 board.landed(number, chunk, have[chunk], now)
         elif (run := board.claim(number, now)) is not None:
-            assert len(run) <= RUN_CHUNKS_MAX or len(live) == 1
+            assert len(run) <= RUN_CHUNKS_MAX or len(live) == 1 or number == board.primary
             assert not set(run) & {chunk for chunks in owed.values() for chunk in chunks}
             owed[number] = list(run)
         elif (victim := board.victim_of(number, now)) is not None:

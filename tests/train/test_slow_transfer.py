@@ -48,15 +48,10 @@ def start_slow(job: Job, network: Network, group: int, bytes_per_s: int = BYTES_
 def until_in_the_middle(job: Job, joiner: Running) -> None:
     def is_reading() -> bool:
         rows = [row for row in job.status()["members"] if row["replica_id"] == str(joiner.plan.group)]
-        return any(done_of(row["section"]) > 0 for row in rows)
+        found = [row["recovery"] for row in rows if row["recovery"] is not None]
+        return any(recovery["outcome"] == "fetching" and recovery["done_bytes"] > 0 for recovery in found)
 
     job.until(lambda: is_reading() and not has_recovered(joiner), "the joiner has a part of the state")
-
-
-def done_of(section: str) -> float:
-    """Megabytes, from `state: 512 of 1074 MB`."""
-    words = section.split()
-    return float(words[1]) if section.startswith("state: ") and len(words) > 1 else 0.0
 
 
 def has_recovered(joiner: Running) -> bool:

@@ -46,6 +46,7 @@ class Board:
         self._digests: list[bytes | None] = [None] * chunk_count  # of what has landed
         self._truth: list[bytes | None] = [None] * chunk_count
         self._is_done = [False] * chunk_count
+        self._is_distrusted = False  # the primary's digests come no more, but with what it sends itself
         self._sources = [_Source() for _ in range(source_count)]
 
     @property
@@ -63,6 +64,7 @@ class Board:
         """From here on `primary` says what the state is; what has landed has to be confirmed by it again."""
         self.primary = primary
         self.done = 0
+        self._is_distrusted = False
         self._truth = [None] * self.chunk_count
         self._is_done = [False] * self.chunk_count
         self._for_primary = []
@@ -90,7 +92,9 @@ class Board:
         if source == self.primary and self._for_primary:
             chunk = self._for_primary.pop()
             return self._claimed(it, range(chunk, chunk + 1), now)
-        others = sum(not s.is_lost and not s.is_slow for s in self._sources if s is not it)
+        if self._is_distrusted and source != self.primary:
+            return None
+        others = 0 if self._is_distrusted else self._quick_beside(it)
         if not self._free or (it.is_slow and others):
             return None
         most = len(self._free) if not others else min(RUN_CHUNKS_MAX, max(1, len(self._free) // (2 * (others + 1))))
@@ -107,6 +111,8 @@ class Board:
         if source == self.primary:
             self._truth[chunk] = digest
         self._judge(chunk)
+        if self._is_distrusted:
+            self._doubt(chunk)
 
     def damaged(self, source: int, chunk: int, now: float) -> None:
         """It arrived other than it was sent: once more."""
@@ -124,7 +130,7 @@ class Board:
     def victim_of(self, source: int, now: float) -> int | None:
         """Whose connection to cut, because `source`, which has nothing to do, would have the rest of it much sooner."""
         thief = self._sources[source]
-        if thief.is_slow or thief.is_lost or thief.claimed:
+        if thief.is_slow or thief.is_lost or thief.claimed or self._is_distrusted:
             return None
         pace_s = thief.busy_s / thief.chunks if thief.chunks else 1.0
         worst, worst_s = None, 0.0
@@ -141,13 +147,26 @@ class Board:
     def is_slow(self, source: int) -> bool:
         return self._sources[source].is_slow
 
+    def is_wanted(self, source: int) -> bool:
+        """Worth a connection: not robbed, or nobody quicker is left, or nobody else can give what is missing."""
+        it = self._sources[source]
+        is_alone = source == self.primary and bool(self._for_primary or (self._is_distrusted and self._free))
+        return not it.is_slow or is_alone or not self._quick_beside(it)
+
+    def _quick_beside(self, it: _Source) -> int:
+        return sum(not s.is_lost and not s.is_slow for s in self._sources if s is not it)
+
     def distrust(self) -> None:
         """The primary cannot say its digests: only what it sends itself counts."""
+        self._is_distrusted = True
         for chunk in range(self.chunk_count):
-            if self._digests[chunk] is not None and not self._is_done[chunk]:
-                self._digests[chunk] = None
-                self._primary_only.add(chunk)
-                self._put_back(chunk)
+            self._doubt(chunk)
+
+    def _doubt(self, chunk: int) -> None:
+        if self._digests[chunk] is not None and not self._is_done[chunk]:
+            self._digests[chunk] = None
+            self._primary_only.add(chunk)
+            self._put_back(chunk)
 
     def _put_back(self, *chunks: int) -> None:
         for chunk in reversed(chunks):

@@ -45,6 +45,8 @@ class Fetch:
             gathering.start()
             with gathering.changed:
                 while not (gathering.is_complete or gathering.has_failed or self._is_aborted):
+                    if time.monotonic() >= self._request.deadline:
+                        break
                     gathering.changed.wait(_LOOK_S)
                 is_complete = gathering.is_complete
         finally:

@@ -33,6 +33,7 @@ class _Source:
     manifest: Manifest | None = None
     snapshot_id: str = ""
     is_lost: bool = False
+    is_robbed: bool = False  # of its present connection
     damaged_in_a_row: int = 0
 
 
@@ -110,6 +111,7 @@ class Gathering:
     def connection_to(self, number: int) -> Connection:
         source = self.sources[number]
         with self.changed:
+            source.is_robbed = False
             source.connection = self._dial(source.url)
             if self.is_over:
                 source.connection.shut()
@@ -131,7 +133,7 @@ class Gathering:
                 self._appoint(number)
             elif not self._is_like_ours(manifest):
                 raise RecoveryFailed(f"{source.url} offers a state of another layout")
-            elif is_new and number == self._board.primary:
+            elif (is_new and number == self._board.primary) or self._is_orphaned:
                 self._appoint(number)
 
     def _begin(self, manifest: Manifest) -> None:
@@ -149,6 +151,12 @@ class Gathering:
             if source.is_lost:
                 self._board.lose(number)
         self.report.total_bytes, self.report.prepared_at = manifest.total_bytes, time.monotonic()
+
+    @property
+    def _is_orphaned(self) -> bool:
+        """The primary was lost when nobody else had offered the state yet."""
+        assert self._board is not None
+        return self._board.primary is None or self.sources[self._board.primary].is_lost
 
     def _is_like_ours(self, manifest: Manifest) -> bool:
         return have_same_layout(manifest, self._layout)
@@ -185,7 +193,7 @@ class Gathering:
                 run = self._board.claim(number, now)
                 if run is not None:
                     return run, source.manifest, source.snapshot_id
-                if self._board.is_slow(number):
+                if not self._board.is_wanted(number):
                     return None
                 victim = self._board.victim_of(number, now) if self.request.dial is None else None
                 if victim is not None:
@@ -195,6 +203,7 @@ class Gathering:
 
     def _rob(self, victim: int) -> None:
         connection = self.sources[victim].connection
+        self.sources[victim].is_robbed = True
         logger.info("recovery: %s is slow; others fetch what it was asked for", self.sources[victim].url)
         if connection is not None:
             connection.shut()  # its thread gives back what it had claimed, when it no longer writes there
@@ -225,8 +234,7 @@ class Gathering:
         """False when it is over, or all is there; a source that was robbed waits until nobody else is left."""
         with self.changed:
             while not self.is_over and not self.is_complete:
-                others = [s for n, s in enumerate(self.sources) if n != number and not s.is_lost]
-                if self._board is None or not self._board.is_slow(number) or not others:
+                if self._board is None or self._board.is_wanted(number):
                     return True
                 self.changed.wait(LOOK_S)
             return False
@@ -234,7 +242,7 @@ class Gathering:
     def ended(self, number: int) -> bool:
         """Its connection failed; returns whether that was because it was robbed."""
         with self.changed:
-            was_robbed = self._board is not None and self._board.is_slow(number)
+            was_robbed = self.sources[number].is_robbed
             self.report.retries += not (was_robbed or self.is_over)
             if self._board is not None:
                 self._board.give_back(number)
