@@ -137,6 +137,39 @@ def test_a_worker_forked_from_the_template_is_watched_too(spawn: Spawner, tmp_pa
     assert "in stuck_layer" in stderr_of(agent)
 
 
+LEARNS_FROM_THE_OTHER = """
+import os, threading
+import everstep as es
+restart, rank = int(os.environ["TORCHELASTIC_RESTART_COUNT"]), int(os.environ["RANK"])
+if rank == 0:
+    for _ in range(30):
+        with es.section("save"):
+            threading.Event().wait(0.02)
+    es.heartbeat()
+    threading.Event().wait(None if restart == 0 else 0)
+with es.section("save"):  # its first one ever
+    if restart == 0:
+        threading.Event().wait()
+print("done", restart, rank, flush=True)
+"""
+
+
+@pytest.mark.soak
+def test_a_rank_has_the_limits_that_ranks_of_another_node_have_learned(spawn: Spawner, tmp_path: Path) -> None:
+    with Lighthouse.in_thread(LighthouseSettings(port=0)) as lighthouse:
+        meet = ("--no-template", "--lighthouse", lighthouse.address, "--rdzv-id", "job", "--nnodes", "2")
+        floors = ("--ft-learned-timeout-floor", "1", "--ft-learned-mixed-timeout-floor", "2")
+        arguments = (*meet, *floors, "--ft-stopped-timeout", "5", "--max-restarts", "1")
+        path = script(tmp_path, LEARNS_FROM_THE_OTHER)
+        agents = [start_agent(spawn, tmp_path, *arguments, "--local-addr", f"127.0.0.{n}", path) for n in (1, 2)]
+        for agent in agents:
+            agent.expect_line("done 1")
+            assert agent.wait() == 0
+    said = "".join(map(stderr_of, agents))
+    assert "rank 1 hangs, and is ended by signal 9: section 'save' open for" in said
+    assert "(limit 2.0 s)" in said
+
+
 FAILS_AGAIN_WHILE_IT_RESTARTS = """
 import os, signal, sys, threading
 import everstep as es

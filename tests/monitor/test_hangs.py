@@ -8,9 +8,12 @@ from pathlib import Path
 
 import pytest
 
+from everstep.core.hang import HangPolicy
+from everstep.core.limits import ENOUGH, LimitPolicy, Observed
 from everstep.monitor.control import WorkloadAction
 from everstep.monitor.events import ControlRequested, RankCleared, RankHung, RankSuspected
 from everstep.monitor.processes import process
+from everstep.monitor.settings import MonitorSettings
 from tests.monitor.agent import Agent, limits
 from tests.support.processes import Spawner
 from tests.support.waiting import wait_until
@@ -214,6 +217,23 @@ forever()
     with Agent(spawn, limits(heartbeat=None)) as agent:
         agent.start(0, source)
         assert hung(agent).limit_s < 5.0
+
+
+def test_limits_that_other_nodes_have_learned_hold_and_the_first_sections_of_a_process_may_take_longer(
+    spawn: Spawner,
+) -> None:
+    source = f"""{BEGIN}
+for seconds in (0.4, 0.1, 0, 0, 0):
+    with es.section("step"): forever(seconds)
+with es.section("step"): forever()
+"""
+    policy = LimitPolicy(floor_s=0.2, mixed_floor_s=20.0)
+    with Agent(spawn, MonitorSettings(hang=HangPolicy(limits=policy))) as agent:
+        agent.monitor.hear({"step": Observed(ENOUGH, 0.01)})
+        agent.start(0, source)
+        event = hung(agent)
+    assert event.limit_s == 0.2
+    assert event.age_s < 1.0
 
 
 def test_a_worker_whose_agent_is_killed_goes_on_and_says_so_once(spawn: Spawner) -> None:

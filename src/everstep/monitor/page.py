@@ -19,7 +19,7 @@ from typing import Any
 
 from everstep.monitor.first import STACKS_OFFSET
 
-MAGIC = 0x3130455041475645  # "EVGAPE01"
+MAGIC = 0x3230455041475645  # "EVGAPE02"
 # Words of the header.
 W_MAGIC, W_PID, W_ROWS, W_FLAGS = 0, 1, 2, 3
 W_BEAT, W_BEAT_COUNT, W_BEAT_LONGEST = 4, 5, 6
@@ -32,7 +32,7 @@ ROW_WORDS = 16
 ROWS_MAX = 256
 # Words of a row.
 R_SECTION, R_THREAD, R_FLAGS, R_COUNT, R_LONGEST, R_NAME_BYTES, R_NAME = 0, 1, 2, 3, 4, 5, 6
-FLAG_WAITS, FLAG_MIXED = 1, 2
+FLAG_WAITS, FLAG_MIXED, FLAG_WARM = 1, 2, 4  # warm: this process has had the first ones
 NAME_BYTES_MAX = 8 * (ROW_WORDS - R_NAME)
 
 LETTER = ROWS + ROWS_MAX * ROW_WORDS

@@ -18,7 +18,14 @@ from everstep.core.hang import HangJudge, View
 from everstep.core.limits import Observed
 from everstep.monitor import page
 from everstep.monitor.ending import Ending
-from everstep.monitor.events import MonitorFailed, RankCleared, RankEvent, RankSuspected, RankUnlimited
+from everstep.monitor.events import (
+    IntervalsNews,
+    MonitorFailed,
+    RankCleared,
+    RankEvent,
+    RankSuspected,
+    RankUnlimited,
+)
 from everstep.monitor.letters import Letters
 from everstep.monitor.processes import process
 from everstep.monitor.settings import MonitorSettings
@@ -140,15 +147,11 @@ class Monitor:
             watched = self._ranks.get(rank)
             return watched.view() if watched is not None else None
 
-    def observed(self) -> dict[str, Observed]:
-        """Intervals of all ranks of this node: for other nodes."""
+    def hear(self, observed: Mapping[str, Observed]) -> None:
+        """The longest intervals over all nodes."""
         with self._lock:
-            return self._judge.limits.observed(time.monotonic())
-
-    def learn(self, observed: Mapping[str, Observed]) -> None:
-        """Intervals of another node."""
-        with self._lock:
-            self._judge.limits.keep(observed, time.monotonic())
+            self._judge.hear(observed, time.monotonic())
+        self._wake()
 
     # ---- its own thread
 
@@ -192,6 +195,9 @@ class Monitor:
                         events.append(RankCleared(rank, detail))
                     case hang.Unlimited(rank, detail):
                         events.append(RankUnlimited(rank, detail))
+            news = self._judge.limits.news(now)
+            if news is not None:
+                events.append(IntervalsNews(-1, "", news))
         return events
 
     def _wake(self) -> None:

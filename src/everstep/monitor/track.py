@@ -13,9 +13,10 @@ FIRST_WINDOW_NS = 5_000_000_000
 
 
 class Track:
-    """One kind of interval. `publish(count, longest_ns)` tells the page."""
+    """One kind of interval. `publish(count, longest_ns, is_warm)` tells the page; warm: it is not only an earlier
+    process's."""
 
-    def __init__(self, publish: Callable[[int, int], None]) -> None:
+    def __init__(self, publish: Callable[[int, int, bool], None]) -> None:
         self._publish = publish
         self._window = -1  # the longest since the window began
         self._due = 0
@@ -36,7 +37,7 @@ class Track:
             self._roll(max(self._window, duration_ns), now)
         self._window = max(self._window, duration_ns)
         self.longest_ns = max(self.longest_ns, duration_ns)
-        self._publish(self.count, self.longest_ns)
+        self._publish(self.count, self.longest_ns, True)
         return self._window if self.count >= ENOUGH else -1, self._due  # -1: again at once
 
     def _roll(self, longest_ns: int, now: int) -> None:
@@ -54,7 +55,7 @@ class Track:
         self.count = max(self.count, self._seed)
         self.longest_ns = max(self.longest_ns, int(observed.longest_s * 1e9))
         self._peak_ns, self._peak_at = self.longest_ns, 0
-        self._publish(self.count, self.longest_ns)
+        self._publish(self.count, self.longest_ns, False)
 
     def observed(self) -> Observed | None:
         return Observed(self.count, self.longest_ns / 1e9) if self.count > 0 else None
