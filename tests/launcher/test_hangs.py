@@ -225,12 +225,16 @@ def batches():
 """
 
 
+def documented(kind: str, number: int, changed: int = 0) -> str:
+    """A block of docs/hangs.md, changed."""
+    blocks = re.findall(rf"```{kind}\n(.*?)```", (ROOT / "docs/hangs.md").read_text(), flags=re.DOTALL)
+    lines = blocks[number].splitlines()
+    assert sum(line.startswith("+") for line in lines) == changed
+    return "\n".join(line[1:] if changed else line for line in lines if not line.startswith("-"))
+
+
 def documented_script() -> str:
-    """The one of docs/hangs.md, changed."""
-    (diff,) = re.findall(r"```diff\n(.*?)```", (ROOT / "docs/hangs.md").read_text(), flags=re.DOTALL)
-    lines = diff.splitlines()
-    assert sum(line.startswith("+") for line in lines) == 8
-    return "\n".join(line[1:] for line in lines if not line.startswith("-"))
+    return documented("diff", 0, changed=8)
 
 
 def test_the_documented_script_is_changed_in_eight_lines_and_is_one() -> None:
@@ -248,3 +252,21 @@ def test_the_documented_script_is_hang_proof_without_a_setting(spawn: Spawner, t
     assert "(limit 1" in said
     assert "it waits for rank 1, which is where the trouble is" in said or "the others wait for rank 1" in said
     assert "in stuck_layer" in said
+
+
+@pytest.mark.soak
+def test_an_ft_launcher_script_runs_after_renaming_the_command_and_the_import(spawn: Spawner, tmp_path: Path) -> None:
+    script(tmp_path, DATA, "data.py")
+    script(tmp_path, documented("diff", 2, changed=1), "train.py")
+    script(tmp_path, documented("yaml", 0), "cfg.yaml")
+    command, *arguments = documented("diff", 1, changed=1).replace("\\\n", " ").split()
+    assert (command, arguments.pop(0)) == ("everstep", "run")
+    words = [str(tmp_path / word) if word in ("cfg.yaml", "train.py", "ckpt.pt") else word for word in arguments]
+    agent = start_agent(spawn, tmp_path, *words)
+    assert agent.wait(120.0) == 0
+    assert agent.stdout_path.read_text().count("is done") == 2
+    said = stderr_of(agent)
+    assert "in stuck_layer" in said
+    limits = [float(limit) for limit in re.findall(r"hangs: section 'step' open for .* \(limit ([0-9.]+) s\)", said)]
+    assert limits
+    assert limits[0] < 60.0, "it was calculated from the steps, not the one that is given"

@@ -152,6 +152,7 @@ class _Agent:
                     no_progress_max=settings.max_no_progress_cycles,
                 ),
                 shutdown_timeout_s=settings.shutdown_timeout_s,
+                drain_timeout_s=settings.drain_timeout_s,
             )
         )
         self._rendezvous = {group: self._make_rendezvous(group) for group in groups}

@@ -146,8 +146,15 @@ class Beats:
     def rebind(self, words: Words) -> None:
         """From now on this page; it takes over what stands in the last one."""
         with self._lock:
+            factor = words[page.W_FACTOR]
             words[page.W_PID + 1 :] = self._words[page.W_PID + 1 :]
+            words[page.W_FACTOR] = factor
             self._point_at(words)
+
+    @property
+    def safety_factor(self) -> float | None:
+        """Of the agent's settings; None without an agent."""
+        return self._words[page.W_FACTOR] / page.FACTOR_UNIT or None
 
     def say_over(self, is_over: bool) -> None:
         self._words[page.W_FLAGS] = page.FLAG_OVER if is_over else 0

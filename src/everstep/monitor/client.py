@@ -9,7 +9,7 @@ import dataclasses
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
-from everstep.core.limits import HEARTBEAT, OUTSIDE, Observed, merge
+from everstep.core.limits import HEARTBEAT, OUTSIDE, LimitPolicy, Observed, merge
 from everstep.errors import EverstepError
 from everstep.monitor.attach import attach, here, say
 from everstep.monitor.beats import Beats
@@ -17,6 +17,7 @@ from everstep.monitor.control import REASON_CHARS_MAX, WorkloadControlRequest
 from everstep.monitor.maximum import over_ranks
 
 STATE_VERSION = 1
+NVIDIA_STATE = "current_timeouts"  # what its client's state has instead of a version
 REQUESTS_KEPT = 8
 MAXIMUM_TIMEOUT_S = 60.0  # for all ranks to come to a calculation
 Maximum = Callable[[Sequence[float]], Sequence[float]]
@@ -46,16 +47,22 @@ class SectionTimeouts:
     calculated_sections: frozenset[str] = frozenset()
     is_out_of_section_calculated: bool = False
 
+    @property
+    def were_calculated(self) -> bool:
+        return self.calculated_sections == frozenset(self.section) and self.is_out_of_section_calculated
+
 
 class RankMonitorClient:
     """`maximum` takes this rank's numbers and returns the largest of all ranks, instead of a reduction over
-    torch.distributed's default group. Of what the ranks of a node have calculated the monitor takes the largest."""
+    torch.distributed's default group. `safety_factor`: by default that of the agent's settings.
+
+    Of what the ranks of a node have calculated the monitor takes the largest."""
 
     def __init__(
         self,
         maximum: Maximum | None = None,
         *,
-        safety_factor: float = 5.0,
+        safety_factor: float | None = None,
         beats: Beats | None = None,
         maximum_timeout_s: float = MAXIMUM_TIMEOUT_S,
     ) -> None:
@@ -146,8 +153,9 @@ class RankMonitorClient:
             raise RankMonitorClientError(
                 f"too few intervals to calculate timeouts: {', '.join(missing) or 'no section'}"
             )
+        factor = self._factor or self._beats.safety_factor or LimitPolicy().safety_factor
         for key, seconds in zip(keys, longest, strict=True):
-            limit, before = self._factor * seconds, self._timeouts.get(key)
+            limit, before = factor * seconds, self._timeouts.get(key)
             self._timeouts[key] = limit if before is None else (limit + before) / 2
         self._tell()
         return True
@@ -169,7 +177,13 @@ class RankMonitorClient:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """At any time. What it holds counts as if this process had seen it."""
+        """At any time. What it holds counts as if this process had seen it.
+
+        One that NVIDIA's client has saved is taken over: the timeouts that it calculated."""
+        if not state:
+            return  # theirs, when it has calculated nothing
+        if NVIDIA_STATE in state:
+            state = _taken_over(state[NVIDIA_STATE])
         if state.get("version") != STATE_VERSION:
             raise RankMonitorClientError(f"this state has version {state.get('version')!r}, not {STATE_VERSION}")
         self._timeouts = dict(state["timeouts"])
@@ -191,3 +205,13 @@ class RankMonitorClient:
         request = (self._numbers, req.action.name, req.description[:REASON_CHARS_MAX])
         self._requests = [*self._requests, request][-REQUESTS_KEPT:]
         return attachment.send(requests=self._requests)
+
+
+def _taken_over(theirs: Mapping[str, Any]) -> dict[str, Any]:
+    heartbeat, sections = theirs.get("heartbeat", {}), theirs.get("section", {})
+    limits = {name: sections["section"][name] for name in sections.get("calculated_sections", ())}
+    if heartbeat.get("were_calculated"):
+        limits[HEARTBEAT] = heartbeat["subsequent"]
+    if sections.get("is_out_of_section_calculated"):
+        limits[OUTSIDE] = sections["out_of_section"]
+    return {"version": STATE_VERSION, "timeouts": limits, "observed": {}}

@@ -25,6 +25,8 @@ W_MAGIC, W_PID, W_ROWS, W_FLAGS = 0, 1, 2, 3
 W_BEAT, W_BEAT_COUNT, W_BEAT_LONGEST = 4, 5, 6
 W_OUT_COUNT, W_OUT_LONGEST = 8, 9
 W_LETTER_BYTES, W_LETTER_CRC = 11, 12
+W_FACTOR = 13  # the agent's safety factor, in millionths; all else is the worker's
+FACTOR_UNIT = 1_000_000
 FLAG_OVER = 1  # watch me no more
 
 ROWS = 64
@@ -49,12 +51,13 @@ def blank() -> Words:
     return memoryview(bytearray(PAGE_BYTES)).cast("Q")
 
 
-def new_page() -> tuple[int, Words]:
+def new_page(safety_factor: float = 0.0) -> tuple[int, Words]:
     """The agent's side: a file without a name that lives as long as somebody has it open, and a mapping of it."""
     fd = os.memfd_create("everstep-monitor", os.MFD_CLOEXEC)
     os.ftruncate(fd, STACKS_OFFSET)
     words = _map(fd)
     words[W_MAGIC] = MAGIC
+    words[W_FACTOR] = int(safety_factor * FACTOR_UNIT)
     return fd, words
 
 

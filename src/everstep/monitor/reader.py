@@ -114,7 +114,7 @@ class Monitor:
     def environment(self, rank: int) -> dict[str, str]:
         """For a process that is about to be started as `rank`: a page. `add_rank` follows, or `remove_rank`."""
         self.remove_rank(rank)
-        fd, words = page.new_page()
+        fd, words = page.new_page(self._settings.hang.limits.safety_factor)
         with self._lock:
             self._pages[rank] = fd, words
         folder = f"/proc/{os.getpid()}/fd"
