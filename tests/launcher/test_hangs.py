@@ -206,6 +206,47 @@ def test_what_a_script_leaves_in_atexit_is_how_its_rank_ended(spawn: Spawner, tm
     assert "exitcode  : 7" in stderr_of(agent) or "exit code 7" in stderr_of(agent)
 
 
+HANGS_IN_EVERY_WAY = """
+import atexit, ctypes, multiprocessing, os, signal, threading, time
+import everstep as es
+restart = int(os.environ["TORCHELASTIC_RESTART_COUNT"])
+forever = threading.Event().wait
+def sleeps_in_handler(number, frame): time.sleep(1000)
+def sleeps_at_exit(): time.sleep(1000)
+def loads_batches(): forever()
+def holds_the_gil(): ctypes.PyDLL(None).sleep(1000)
+es.heartbeat()
+with es.section("step"):
+    match restart:
+        case 0: os.kill(os.getpid(), signal.SIGSTOP)
+        case 1: holds_the_gil()
+        case 2: signal.signal(signal.SIGTERM, sleeps_in_handler); os.kill(os.getpid(), signal.SIGTERM)
+        case 3:
+            child = multiprocessing.get_context("fork").Process(target=loads_batches)
+            child.start()
+            child.join()
+        case 4: atexit.register(sleeps_at_exit)
+if restart == 5: print("done", flush=True)
+"""
+
+
+@pytest.mark.soak
+def test_whatever_a_worker_hangs_in_it_is_shown_ended_and_started_again(spawn: Spawner, tmp_path: Path) -> None:
+    limits = ("--ft-rank-section-timeouts", "step:1", "--ft-stopped-timeout", "1", "--ft-rank-heartbeat-timeout", "2")
+    path = script(tmp_path, HANGS_IN_EVERY_WAY)
+    agent = start_agent(spawn, tmp_path, *PLAIN, "--max-restarts", "5", *limits, path)
+    agent.expect_line("done", 60.0)
+    assert agent.wait() == 0
+    said = stderr_of(agent)
+    reports = [line for line in said.splitlines() if line.startswith("everstep: rank 0 hangs: ")]
+    assert len(reports) == 5
+    assert all("section 'step' open for" in report for report in reports[1:4]), reports
+    assert "stopped by a signal" in reports[0] or "section 'step' open for" in reports[0]
+    assert "no heartbeat for" in reports[4]
+    for function in ("holds_the_gil", "sleeps_in_handler", "loads_batches", "sleeps_at_exit"):
+        assert f"in {function}" in said
+
+
 DATA = """
 import os, threading, torch
 torch.set_num_threads(1)

@@ -3,6 +3,7 @@
 import dataclasses
 import os
 import signal
+import threading
 import time
 from pathlib import Path
 
@@ -11,10 +12,11 @@ import pytest
 from everstep.core.hang import HangPolicy
 from everstep.core.limits import ENOUGH, LimitPolicy, Observed
 from everstep.monitor.control import WorkloadAction
-from everstep.monitor.events import ControlRequested, RankCleared, RankHung, RankSuspected
+from everstep.monitor.events import ControlRequested, RankCleared, RankEvent, RankHung, RankSuspected
 from everstep.monitor.processes import process
+from everstep.monitor.reader import Monitor
 from everstep.monitor.settings import MonitorSettings
-from tests.monitor.agent import Agent, limits
+from tests.monitor.agent import DEADLINE_S, Agent, Rank, limits
 from tests.support.processes import Spawner
 from tests.support.waiting import wait_until
 
@@ -267,6 +269,34 @@ for _ in range(3):
     child.send("go")
     assert child.wait() == 0
     assert child.stderr_path.read_text().count("nothing watches this process") == 1
+
+
+def test_a_monitor_whose_thread_is_stuck_costs_the_worker_nothing_and_the_agent_can_let_go_of_it(
+    spawn: Spawner,
+) -> None:
+    """Its events go nowhere: whoever listens to them does not come back."""
+    is_stuck, may_go = threading.Event(), threading.Event()
+
+    def listen(_: RankEvent) -> None:
+        is_stuck.set()
+        assert may_go.wait(DEADLINE_S)
+
+    source = f"""{BEGIN}
+from everstep.monitor import RankMonitorClient, WorkloadAction, WorkloadControlRequest
+client = RankMonitorClient()
+client.init_workload_monitoring()
+for _ in range(1000):
+    assert client.send_workload_control_request(WorkloadControlRequest(WorkloadAction.Continue))
+    with es.section("step"): es.heartbeat()
+"""
+    with Monitor(limits(), listen) as monitor:
+        child = spawn(["-c", source], env=monitor.environment(0))
+        monitor.add_rank(0, Rank(child, time.monotonic()))
+        assert is_stuck.wait(DEADLINE_S)
+        assert child.wait() == 0
+        assert monitor.view(0) is not None
+        monitor.remove_rank(0)
+        may_go.set()
 
 
 def test_a_stopped_agent_costs_the_worker_nothing_and_accuses_nobody_when_it_goes_on(spawn: Spawner) -> None:
