@@ -17,7 +17,7 @@ import zlib
 from collections.abc import Callable
 from typing import Any
 
-from everstep.monitor.first import STACKS_OFFSET
+from everstep.monitor.first import OPEN_FLAGS, STACKS_OFFSET
 
 MAGIC = 0x3230455041475645  # "EVGAPE02"
 # Words of the header.
@@ -63,7 +63,7 @@ def new_page(safety_factor: float = 0.0) -> tuple[int, Words]:
 
 def open_page(path: str) -> tuple[int, Words]:
     """The worker's side. Raises OSError."""
-    fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+    fd = os.open(path, OPEN_FLAGS)
     try:
         if os.fstat(fd).st_size < STACKS_OFFSET:
             raise OSError(f"{path} is no page of a monitor")
