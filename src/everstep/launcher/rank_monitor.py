@@ -133,7 +133,9 @@ class RankMonitor:
             case MonitorFailed():
                 log.critical("the rank monitor has failed, nothing is watched any more: %s", event.detail)
             case RankUnlimited():
-                log.info("%s: %s", name, event.detail)
+                log.warning(
+                    "%s: %s; a section, a heartbeat or --ft-initial-rank-heartbeat-timeout would", name, event.detail
+                )
             case _:
                 log.info("%s: %s", name, event.detail)
 
