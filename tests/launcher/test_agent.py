@@ -207,6 +207,29 @@ def test_a_node_that_may_come_late_says_where_its_store_is_while_its_template_lo
     assert "evicted" not in said.lower()
 
 
+@pytest.mark.soak
+def test_what_a_killed_agent_leaves_goes_with_the_next_one_and_what_a_live_one_has_stays(
+    spawn: Spawner, tmp_path: Path
+) -> None:
+    def folders() -> set[str]:
+        return {path.name for path in tmp_path.glob("everstep*")}
+
+    waits = script(tmp_path, "import threading\nprint('up', flush=True)\nthreading.Event().wait()")
+    agents = [start_agent(spawn, tmp_path, *PLAIN, waits) for _ in range(2)]
+    for agent in agents:
+        agent.expect_line("up")
+    both = folders()
+    assert len(both) == 2
+    agents[0].kill()
+    agents[0].wait()
+    assert start_agent(spawn, tmp_path, *PLAIN, script(tmp_path, "", "nothing.py")).wait() == 0
+    assert len(folders()) == 1
+    assert folders() < both
+    agents[1].kill(signal.SIGTERM)
+    assert agents[1].wait() == 92
+    assert folders() == set()
+
+
 def test_a_second_signal_kills_workers_that_do_not_obey(spawn: Spawner, tmp_path: Path) -> None:
     agent = start_agent(spawn, tmp_path, *PLAIN, script(tmp_path, DRAINS), "ignores")
     agent.expect_line("ready")

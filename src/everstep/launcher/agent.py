@@ -14,7 +14,6 @@ import queue
 import secrets
 import signal
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -52,6 +51,7 @@ from everstep.launcher.group_rendezvous import GroupRendezvous, Round, address_f
 from everstep.launcher.plain import PlainStarter
 from everstep.launcher.rank_monitor import RankMonitor
 from everstep.launcher.report import Failure, failure_table, first_failure, hand_on_error_file
+from everstep.launcher.scratch import scratch_folder
 from everstep.launcher.settings import JobSettings
 from everstep.launcher.starting import ExitStatus, RunAs, Starter
 from everstep.launcher.store_host import StoreHost, host_store
@@ -78,10 +78,10 @@ def run(settings: JobSettings, *, budget: BudgetPolicy | None = None) -> int:
     """
     settings = dataclasses.replace(settings, environment=common_environment(settings))
     with contextlib.ExitStack() as stack:
-        scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="everstep-agent-")))
+        scratch = stack.enter_context(scratch_folder())
         lighthouse = stack.enter_context(lighthouse_of(settings))
         starter = stack.enter_context(_starter(settings))
-        logs = stack.enter_context(WorkerLogs(settings))
+        logs = stack.enter_context(WorkerLogs(settings, scratch))
         agent = _Agent(settings, starter, lighthouse, budget)
         monitor = stack.enter_context(RankMonitor(settings.monitor, agent.on_request, agent.on_intervals))
         agent.around = Surrounding(
