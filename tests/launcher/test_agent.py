@@ -182,54 +182,6 @@ def test_a_node_whose_template_still_loads_joins_no_round_and_drains_at_once(spa
     assert "round" not in stderr_of(agent)
 
 
-LOADS_SLOWLY = """
-import threading
-threading.Event().wait({seconds})
-"""
-
-
-@pytest.mark.soak
-def test_a_node_that_may_come_late_says_where_its_store_is_while_its_template_loads(
-    spawn: Spawner, tmp_path: Path
-) -> None:
-    """Which takes longer than a node has to open a store. The workers are served when it has loaded."""
-    script(tmp_path, LOADS_SLOWLY.format(seconds=12), "loads_slowly.py")
-    meets = "import torch.distributed as dist\ndist.init_process_group('gloo')\nprint('met', flush=True)\n"
-    with Lighthouse.in_thread(LighthouseSettings(port=0)) as lighthouse:
-        elastic = ("--nnodes", "1:2", "--rdzv-id", "job", "--rdzv-conf", "last_call_timeout=1")
-        arguments = (*elastic, "--lighthouse", lighthouse.address, "--nproc-per-node", "2")
-        agent = start_agent(spawn, tmp_path, *arguments, "--preload", "loads_slowly", script(tmp_path, meets))
-        for _ in range(2):
-            agent.expect_line("met", TORCH_S)
-        assert agent.wait() == 0
-    said = stderr_of(agent)
-    assert "opened no store" not in said
-    assert "evicted" not in said.lower()
-
-
-@pytest.mark.soak
-def test_what_a_killed_agent_leaves_goes_with_the_next_one_and_what_a_live_one_has_stays(
-    spawn: Spawner, tmp_path: Path
-) -> None:
-    def folders() -> set[str]:
-        return {path.name for path in tmp_path.glob("everstep*")}
-
-    waits = script(tmp_path, "import threading\nprint('up', flush=True)\nthreading.Event().wait()")
-    agents = [start_agent(spawn, tmp_path, *PLAIN, waits) for _ in range(2)]
-    for agent in agents:
-        agent.expect_line("up")
-    both = folders()
-    assert len(both) == 2
-    agents[0].kill()
-    agents[0].wait()
-    assert start_agent(spawn, tmp_path, *PLAIN, script(tmp_path, "", "nothing.py")).wait() == 0
-    assert len(folders()) == 1
-    assert folders() < both
-    agents[1].kill(signal.SIGTERM)
-    assert agents[1].wait() == 92
-    assert folders() == set()
-
-
 def test_a_second_signal_kills_workers_that_do_not_obey(spawn: Spawner, tmp_path: Path) -> None:
     agent = start_agent(spawn, tmp_path, *PLAIN, script(tmp_path, DRAINS), "ignores")
     agent.expect_line("ready")
