@@ -1,5 +1,6 @@
 """Ranks that hang, as real processes, and what becomes of them."""
 
+import contextlib
 import dataclasses
 import os
 import signal
@@ -297,6 +298,35 @@ for _ in range(1000):
         assert monitor.view(0) is not None
         monitor.remove_rank(0)
         may_go.set()
+
+
+def test_a_log_that_does_not_take_the_report_does_not_hold_up_the_ranks_end(spawn: Spawner) -> None:
+    """As on a file system that hangs. Here a pipe that nobody reads, and the rank has filled."""
+    read_end, write_end = os.pipe()
+    try:
+        with Monitor(limits(heartbeat=0.3), lambda _: None) as monitor:
+            environment = monitor.environment(0)
+            os.set_blocking(write_end, False)
+            with contextlib.suppress(BlockingIOError):
+                while True:
+                    os.write(write_end, bytes(65536))
+            os.set_blocking(write_end, True)
+            child = spawn(["-c", f"{BEGIN}es.heartbeat()\nforever()"], env=environment)
+            monitor.add_rank(0, Rank(child, time.monotonic()), write_end)
+            assert child.wait() == -signal.SIGKILL
+            monitor.remove_rank(0)
+            os.set_blocking(read_end, False)
+            wait_until(lambda: b"rank 0 hangs" in _read(read_end))
+    finally:
+        os.close(read_end)
+        os.close(write_end)
+
+
+def _read(fd: int) -> bytes:
+    try:
+        return os.read(fd, 1 << 20)
+    except BlockingIOError:
+        return b""
 
 
 def test_a_stopped_agent_costs_the_worker_nothing_and_accuses_nobody_when_it_goes_on(spawn: Spawner) -> None:

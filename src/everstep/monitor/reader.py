@@ -165,6 +165,7 @@ class Monitor:
                     os.read(self._wake_read, 4096)
                 for event in self._turn():
                     self._on_event(event)
+                self._ending.write_reports()
         except Exception as error:  # thread boundary: the agent must hear that nothing is watched any more
             self._on_event(MonitorFailed(-1, f"{type(error).__name__}: {error}"))
             raise
