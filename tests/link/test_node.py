@@ -10,6 +10,7 @@ from typing import TypeVar
 import pytest
 
 from everstep.config import LighthouseSettings
+from everstep.core.node import NodeStage
 from everstep.core.node_messages import CloseScope, IntervalsLargest, NodeSpec, RoundInfo, SeenInterval
 from everstep.errors import (
     ConfigError,
@@ -175,8 +176,8 @@ def test_a_spare_hears_that_it_was_one(nodes: Nodes) -> None:
     a = nodes.start("a", most=1)
     nodes.round(a)
     spare = nodes.start("spare", most=1)
-    join = nodes.join(spare)
-    assert spare.wait_changed(lambda c: c.is_open, DEADLINE_S)
+    join = nodes.join(spare)  # on another thread, which may be late
+    assert spare.wait_changed(lambda c: c.is_open and c._machine.stage is NodeStage.JOINING, DEADLINE_S)
     assert nodes.round(a)[0].size == 1  # its join has arrived before this one, on a link that was open before
     a.close(reason="done")
     with pytest.raises(RendezvousEnded) as caught:
