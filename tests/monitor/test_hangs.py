@@ -31,8 +31,8 @@ def pages() -> dict[str, int]:
     return {"fd": str(links).count("everstep-monitor"), "maps": str(maps).count("everstep-monitor")}
 
 
-def hung(agent: Agent, rank: int = 0) -> RankHung:
-    event = agent.expect(RankHung, lambda e: e.rank == rank)
+def hung(agent: Agent, rank: int = 0, deadline_s: float = DEADLINE_S) -> RankHung:
+    event = agent.expect(RankHung, lambda e: e.rank == rank, deadline_s)
     assert agent.ranks[rank].spawned.wait() == -signal.SIGKILL
     return event
 
