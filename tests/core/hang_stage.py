@@ -10,6 +10,7 @@
 > over N                             it wants to be watched no more
 > elsewhere KEY=SECONDS …             so long were ranks of all nodes in these, as the lighthouse says
 > timeouts N KEY=SECONDS …           its client worked these out
+> excuse N …                         their stacks say that they waited for the one that was found
 > asleep SECONDS                     nobody runs: the monitor comes back late
 > wait SECONDS                       looks are taken when they come due
 """
@@ -135,6 +136,9 @@ class HangStage:
     def _elsewhere(self, *words: str) -> None:
         longest = {key: seconds for key, seconds in _limits(words).items() if seconds is not None}
         self.judge.hear(as_observed(longest.items()), self.now)
+
+    def _excuse(self, *ranks: str) -> None:
+        self.judge.excuse(map(int, ranks), self.now)
 
     def _asleep(self, seconds: str) -> None:
         self.judge.next_deadline()  # it has gone to sleep until then

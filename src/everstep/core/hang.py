@@ -23,7 +23,7 @@ So a rank may open 100,000 sections a second, and costs one look per shortest li
 import dataclasses
 import enum
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from everstep.core.limits import HEARTBEAT, OUTSIDE, LimitPolicy, Limits, Observed
 
@@ -228,6 +228,12 @@ class HangJudge:
         if self.limits.shortest() != shortest:
             self._look_soon(now)
         return findings
+
+    def excuse(self, ranks: Iterable[int], now: float) -> None:
+        """They waited for one that is being ended, as their stacks say: their time begins anew."""
+        for rank in ranks:
+            if rank in self._ranks:
+                self._ranks[rank].excused_at = now
 
     def clocks(self, rank: int) -> list[Clock]:
         """All that runs against a limit, by the last look."""

@@ -189,7 +189,10 @@ class Monitor:
             for finding in findings:
                 match finding:
                     case hang.Hung():
-                        events.append(self._ending.end(finding, self._ranks, now))
+                        hung = self._ending.end(finding, self._ranks, now)
+                        events.append(hung)
+                        if hung.culprit == hung.rank:
+                            self._judge.excuse([rank for rank, _ in hung.waiting], now)
                     case hang.Suspected(rank, detail, clock):
                         events.append(RankSuspected(rank, detail, clock.section, now - clock.since))
                     case hang.Cleared(rank, detail):
