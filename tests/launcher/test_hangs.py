@@ -287,7 +287,7 @@ def test_the_documented_script_is_hang_proof_without_a_setting(spawn: Spawner, t
     script(tmp_path, DATA, "data.py")
     arguments = ("--standalone", "--nproc-per-node", "2", "--max-restarts", "1")
     agent = start_agent(spawn, tmp_path, *arguments, script(tmp_path, documented_script(), "train.py"))
-    assert agent.wait(90.0) == 0
+    assert agent.wait(180.0) == 0
     assert agent.stdout_path.read_text().count("is done") == 2
     said = stderr_of(agent)
     assert "(limit 1" in said
@@ -304,7 +304,7 @@ def test_an_ft_launcher_script_runs_after_renaming_the_command_and_the_import(sp
     assert (command, arguments.pop(0)) == ("everstep", "run")
     words = [str(tmp_path / word) if word in ("cfg.yaml", "train.py", "ckpt.pt") else word for word in arguments]
     agent = start_agent(spawn, tmp_path, *words)
-    assert agent.wait(120.0) == 0
+    assert agent.wait(240.0) == 0
     assert agent.stdout_path.read_text().count("is done") == 2
     said = stderr_of(agent)
     assert "in stuck_layer" in said
