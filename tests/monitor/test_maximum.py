@@ -82,7 +82,7 @@ def test_a_process_group_of_one_rank_has_its_own_intervals(tmp_path: Path) -> No
         assert not client.calculate_and_set_section_timeouts(["never"], skip_if_not_ready=True)
     finally:
         dist.destroy_process_group()
-    assert client.section_timeouts.section["step"] == 2.0 * beats.observed()["step"].longest_s
+    assert client.section_timeouts.section["step"] == pytest.approx(2.0 * beats.observed()["step"].longest_s)
 
 
 @pytest.mark.soak

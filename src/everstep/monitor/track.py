@@ -53,7 +53,7 @@ class Track:
         """What an earlier process saw."""
         self._seed = max(self._seed, observed.count)
         self.count = max(self.count, self._seed)
-        self.longest_ns = max(self.longest_ns, int(observed.longest_s * 1e9))
+        self.longest_ns = max(self.longest_ns, round(observed.longest_s * 1e9))
         self._peak_ns, self._peak_at = self.longest_ns, 0
         self._publish(self.count, self.longest_ns, False)
 
