@@ -27,6 +27,7 @@ from campaign import Campaign, cell, spread
 SAMPLE_EVERY_S = 2.0
 WARM_UP_S = 30.0
 PAUSE_S = (2.0, 6.0)  # between a rejoin and the next kill
+QUARTER_SAMPLES_MIN = 5  # the lowest of fewer may be a connection that is just being made
 MEMORY_GROWTH_MAX = 0.03  # of the first median; a count may not grow at all
 WHAT = ("rss_mib", "fds", "threads")
 
@@ -100,8 +101,8 @@ def run(minutes: float, groups: int, seed: int) -> dict[str, Any]:
 
 
 def judge(process: str, what: str, values: list[float]) -> dict[str, Any]:
-    """A run too short for four quarters has no verdict: `is_flat` is None."""
-    size = len(values) // 4
+    """A run too short for four quarters of enough samples has no verdict: `is_flat` is None."""
+    size = len(values) // 4 if len(values) >= 4 * QUARTER_SAMPLES_MIN else 0
     quarters = [spread(values[i * size : (i + 1) * size or None]) for i in range(4)] if size else [spread(values)]
     lowest, median = zip(*(quarter[:2] for quarter in quarters), strict=True)
     figures, allowed = (median, MEMORY_GROWTH_MAX * median[0]) if what == "rss_mib" else (lowest, 0.0)

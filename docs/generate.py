@@ -30,7 +30,7 @@ from everstep.core import node as nodes
 from everstep.core.resolution import resolve
 from everstep.core.transitions import TRANSITIONS, Turn
 from everstep.core.types import Action, LineageEntry, MemberId, Phase, QuorumId, Report, genesis
-from everstep.launcher.hang_options import FT_KEYS
+from everstep.launcher.hang_options import FT_KEYS, FT_LAUNCHER_OPTIONS
 from everstep.launcher.option import Fate, Option
 from everstep.launcher.options import OUR_OPTIONS
 from everstep.launcher.torchrun_options import TORCHRUN_OPTIONS
@@ -279,6 +279,14 @@ def _hang_settings() -> Iterator[str]:
     yield from _table(("key", "value", "default", "fate", ""), rows)
 
 
+def _ft_launcher_options() -> Iterator[str]:
+    rows = [
+        (_flags(o), o.fate.value, f"{o.help} {o.note}".strip() if o.note != o.help else o.help)
+        for o in FT_LAUNCHER_OPTIONS
+    ]
+    yield from _table(("option", "fate", ""), rows)
+
+
 def _flags(option: Option) -> str:
     return ", ".join(f"`{flag}`" for flag in option.flags if "_" not in flag)
 
@@ -354,7 +362,7 @@ PROTOCOL: dict[str, Callable[[], Iterator[str]]] = {
 DOCUMENTS = {
     "protocol.md": PROTOCOL,
     "launcher.md": {"torchrun_options": _torchrun_options, "our_options": _our_options},
-    "hangs.md": {"hang_settings": _hang_settings},
+    "hangs.md": {"hang_settings": _hang_settings, "ft_launcher_options": _ft_launcher_options},
     "exit-codes.md": {"exit_codes": _exit_codes},
 }
 

@@ -4,11 +4,13 @@
 > learning [floor=S] [mixed=S]       limits are learned, too
 > spawn N … | gone N …               a new process of rank N; its end
 > beat N … | open N SECTION[/THREAD] … | close N SECTION[/THREAD] …
-> sections wait|mixed NAME …          what they are
+> sections wait|mixed|cold NAME …     what they are
 > state N R|S|D|T | cpu N            as /proc says; it used CPU time
 > steps N COUNT SECONDS SECTION      it opens and closes the section COUNT times, SECONDS long
 > over N                             it wants to be watched no more
+> elsewhere KEY=SECONDS …             so long were ranks of all nodes in these, as the lighthouse says
 > timeouts N KEY=SECONDS …           its client worked these out
+> excuse N …                         their stacks say that they waited for the one that was found
 > asleep SECONDS                     nobody runs: the monitor comes back late
 > wait SECONDS                       looks are taken when they come due
 """
@@ -16,6 +18,7 @@
 import dataclasses
 
 from everstep.core.hang import Cleared, Finding, HangJudge, HangPolicy, Hung, Section, Suspected, View
+from everstep.core.learned import as_observed
 from everstep.core.limits import HEARTBEAT, OUTSIDE, LimitPolicy, Observed
 
 KEYS = {"heartbeat": HEARTBEAT, "outside": OUTSIDE}
@@ -46,6 +49,7 @@ class HangStage:
         self._pages: dict[int, Page] = {}
         self._waits: set[str] = set()
         self._mixed: set[str] = set()
+        self._cold: set[str] = set()
         self._lines: list[str] = []
 
     @property
@@ -108,7 +112,7 @@ class HangStage:
             page.closed[_place(section)] = self.now
 
     def _sections(self, what: str, *sections: str) -> None:
-        (self._waits if what == "wait" else self._mixed).update(sections)
+        {"wait": self._waits, "mixed": self._mixed, "cold": self._cold}[what].update(sections)
 
     def _state(self, rank: str, state: str) -> None:
         self._pages[int(rank)].state = state
@@ -128,6 +132,13 @@ class HangStage:
 
     def _timeouts(self, rank: str, *words: str) -> None:
         self.judge.set_timeouts(int(rank), _limits(words), self.now)
+
+    def _elsewhere(self, *words: str) -> None:
+        longest = {key: seconds for key, seconds in _limits(words).items() if seconds is not None}
+        self.judge.hear(as_observed(longest.items()), self.now)
+
+    def _excuse(self, *ranks: str) -> None:
+        self.judge.excuse(map(int, ranks), self.now)
 
     def _asleep(self, seconds: str) -> None:
         self.judge.next_deadline()  # it has gone to sleep until then
@@ -150,7 +161,7 @@ class HangStage:
     def view(self, rank: int) -> View:
         page = self._pages[rank]
         sections = tuple(
-            Section(name, since, thread, name in self._waits, name in self._mixed)
+            Section(name, since, thread, name in self._waits, name in self._mixed, name in self._cold)
             for (name, thread), since in page.open.items()
         )
         threads = {thread for _, thread in (*page.open, *page.closed)}

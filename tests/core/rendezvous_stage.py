@@ -8,6 +8,7 @@
 > hold a … | release a …           what a hears waits / arrives
 > hosting no|yes                   whether nodes open the store they are asked for, at once
 > report a suspected|cleared|hung [CULPRIT]     the monitor of a's agent says so of its rank 3
+> saw a step=2.5 …                 so long were ranks of a in these sections
 > exclude a | admit a              a script on a asks for it / the operator lets a in again
 > wait SECONDS | lighthouse restart | store a OP KEY [VALUE]
 """
@@ -25,6 +26,7 @@ from everstep.core.node_messages import (
     NodeSpec,
     RankNews,
     RankReport,
+    SeenInterval,
     StoreCall,
     StoreOp,
     StoreReply,
@@ -133,6 +135,11 @@ class RendezvousStage:
             stacks="stacks" if is_hung else "",
         )
         self._say(actor, actor.machine.report_rank(report))
+
+    def _saw(self, name: str, *words: str) -> None:
+        pairs = [word.split("=") for word in words]
+        intervals = tuple(SeenInterval(key, float(seconds)) for key, seconds in pairs)
+        self._say(self.actors[name], self.actors[name].machine.saw(intervals))
 
     def _exclude(self, name: str) -> None:
         self._say(self.actors[name], self.actors[name].machine.exclude("a broken GPU"))
@@ -281,6 +288,8 @@ def _said(message: object) -> str:
             (),
         ):
             continue
+        if name == "intervals":
+            value = " ".join(f"{one.key}={one.longest_s:g}" for one in value)
         if name in ("info", "last"):
             again = f" restarts {value.restarts}" if value.restarts else ""
             value = f"{value.round} rank {value.rank} of {value.size} store {value.store}{again}"

@@ -9,6 +9,7 @@ from everstep.core.node_messages import (
     CloseRendezvous,
     CloseScope,
     FromNode,
+    IntervalsSeen,
     JoinRound,
     LeaveRendezvous,
     NodeHeartbeat,
@@ -16,6 +17,7 @@ from everstep.core.node_messages import (
     NodeSpec,
     RoundComplete,
     RoundInfo,
+    SeenInterval,
     StoreCall,
     StoreHosted,
     StoreOp,
@@ -41,6 +43,7 @@ SPECS = st.builds(
     domain=NAMES,
     domain_size=st.integers(-1, 2),
 )
+SECONDS = st.sampled_from([0.0, 1.0, 2.0, 1e30, -1.0, float("inf"), float("nan")])
 MESSAGES: st.SearchStrategy[FromNode] = st.one_of(
     st.builds(
         NodeHello,
@@ -57,6 +60,7 @@ MESSAGES: st.SearchStrategy[FromNode] = st.one_of(
     st.builds(LeaveRendezvous),
     st.builds(CloseRendezvous, st.sampled_from(CloseScope), st.just("r" * 500)),
     st.builds(NodeHeartbeat),
+    st.builds(IntervalsSeen, st.lists(st.builds(SeenInterval, NAMES, SECONDS), max_size=3).map(tuple)),
     st.builds(
         StoreCall,
         st.integers(0, 3),

@@ -20,25 +20,36 @@ TORCH_S = 60.0  # to import it, on a machine that does other things, too
 DRAINED_S = 8.0  # less than what the agent waits for a thread
 
 ENDS_IN_EVERY_WAY = """
-import os, signal, sys
+import atexit, ctypes, os, signal, sys, threading
 restart = int(os.environ["TORCHELASTIC_RESTART_COUNT"])
 print("begins", restart, flush=True)
+def interrupt(thread):
+    ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread), ctypes.py_object(ValueError))
+signal.signal(signal.SIGINT, signal.default_int_handler)  # whatever the test's runner has made of it
 match restart:
     case 0: os.kill(os.getpid(), signal.SIGSEGV)
     case 1: os.abort()
     case 2: sys.exit(7)
     case 3: raise ValueError("of the user's")
     case 4: os.kill(os.getpid(), signal.SIGKILL)
+    case 5: os.kill(os.getpid(), signal.SIGTERM)
+    case 6: os.kill(os.getpid(), signal.SIGINT)
+    case 7: atexit.register(os._exit, 8); sys.exit(0)
+    case 8:
+        threading.Thread(target=interrupt, args=(threading.get_ident(),)).start()
+        while True: pass
 print("done", flush=True)
 """
 
 
 def test_whatever_a_worker_dies_of_it_starts_again_and_is_reported(spawn: Spawner, tmp_path: Path) -> None:
-    agent = start_agent(spawn, tmp_path, *PLAIN, "--max-restarts", "5", script(tmp_path, ENDS_IN_EVERY_WAY))
+    agent = start_agent(spawn, tmp_path, *PLAIN, "--max-restarts", "9", script(tmp_path, ENDS_IN_EVERY_WAY))
     agent.expect_line("done")
     assert agent.wait() == 0
     said = [line for line in stderr_of(agent).splitlines() if line.startswith("restart why=")]
-    causes = ("signal 11 (SIGSEGV)", "signal 6 (SIGABRT)", "exit code 7", "exit code 1", "signal 9 (SIGKILL)")
+    codes_and_signals = ("signal 11 (SIGSEGV)", "signal 6 (SIGABRT)", "exit code 7", "exit code 1")
+    others = ("signal 9 (SIGKILL)", "signal 15 (SIGTERM)", "signal 2 (SIGINT)", "exit code 8", "exit code 1")
+    causes = (*codes_and_signals, *others)
     assert len(said) == len(causes)
     assert all(cause in line for cause, line in zip(causes, said, strict=True)), said
 

@@ -11,6 +11,7 @@ from everstep.errors import ConfigError
 from everstep.launcher.hang_options import FT_KEYS, FT_OPTIONS
 from everstep.launcher.hang_settings import explain_without_effect
 from everstep.launcher.option import Fate
+from everstep.launcher.options import OPTIONS
 from tests.launcher.typed import settings, values
 
 SECTION = """
@@ -130,6 +131,37 @@ def test_an_unknown_flag_is_an_error_with_the_nearest_one(capsys: pytest.Capture
 
 def test_a_scripts_own_arguments_are_not_ours() -> None:
     assert values("x.py --ft-rank-heartbeat-timeout=3").script_args.value == ("--ft-rank-heartbeat-timeout=3",)
+
+
+# As `ft_launcher --help` of nvidia-resiliency-ext 0.4.1 lists them, in some of their spellings.
+FT_LAUNCHER_FLAGS = """
+--nnodes --nproc-per-node --rdzv-backend --rdzv-endpoint --rdzv-id --rdzv-conf --standalone --max-restarts
+--term-timeout --workers-stop-timeout --monitor-interval --start-method --role -m --module --no-python --run-path
+--log-dir -r --redirects -t --tee --local-ranks-filter --node-rank --master-addr --master-port --local-addr
+--logs-specs --ft-cfg-path --fault-tol-cfg-path --ft-workload-check-interval --ft-initial-rank-heartbeat-timeout
+--ft-rank-heartbeat-timeout --ft-node-health-check-interval --ft-safety-factor --ft-rank-termination-signal
+--ft-log-level --ft-rank-out-of-section-timeout --ft-rank-section-timeouts --ft-restart-check-interval
+--ft-restart-policy --restart-policy --ft-enable-nic-monitor --ft-param-enable-nic-monitor
+--ft_param_enable_nic_monitor --ft-pci-topo-file --ft-param-pci-topo-file --ft_param_pci_topo_file
+--ft-link-down-path-template --ft-param-link-down-path-template --ft_param_link_down_path_template
+--ft-param-safety_factor --ft-param-rank_section_timeouts --ignore-missing-fault-tol-cfg --nproc_per_node
+--rdzv_backend --term_timeout --workers_stop_timeout --ft-cfg_path --ft-rank_heartbeat_timeout
+"""
+
+
+def test_every_flag_of_ft_launcher_has_a_fate() -> None:
+    ours = {flag for option in OPTIONS for flag in option.flags}
+    theirs = FT_LAUNCHER_FLAGS.split()
+    assert set(theirs) <= ours
+
+
+def test_how_long_workers_may_take_to_stop_is_said_as_ft_launcher_says_it() -> None:
+    found = settings("--workers-stop-timeout 12.5 --term_timeout=600 x.py")
+    assert (found.shutdown_timeout_s, found.drain_timeout_s) == (12.5, 600.0)
+    assert settings("--workers-stop-timeout 12.5 --shutdown-timeout 7 x.py").shutdown_timeout_s == 7
+    assert (settings().shutdown_timeout_s, settings().drain_timeout_s) == (30, None)
+    with pytest.raises(ConfigError, match=r"--term-timeout=-1\.0 must be a number of seconds"):
+        settings("--term-timeout -1 x.py")
 
 
 def test_every_key_has_a_fate_and_a_note_and_flags_of_both_spellings() -> None:

@@ -137,6 +137,39 @@ def test_a_worker_forked_from_the_template_is_watched_too(spawn: Spawner, tmp_pa
     assert "in stuck_layer" in stderr_of(agent)
 
 
+LEARNS_FROM_THE_OTHER = """
+import os, threading
+import everstep as es
+restart, rank = int(os.environ["TORCHELASTIC_RESTART_COUNT"]), int(os.environ["RANK"])
+if rank == 0:
+    for _ in range(30):
+        with es.section("save"):
+            threading.Event().wait(0.02)
+    es.heartbeat()
+    threading.Event().wait(None if restart == 0 else 0)
+with es.section("save"):  # its first one ever
+    if restart == 0:
+        threading.Event().wait()
+print("done", restart, rank, flush=True)
+"""
+
+
+@pytest.mark.soak
+def test_a_rank_has_the_limits_that_ranks_of_another_node_have_learned(spawn: Spawner, tmp_path: Path) -> None:
+    with Lighthouse.in_thread(LighthouseSettings(port=0)) as lighthouse:
+        meet = ("--no-template", "--lighthouse", lighthouse.address, "--rdzv-id", "job", "--nnodes", "2")
+        floors = ("--ft-learned-timeout-floor", "1", "--ft-learned-mixed-timeout-floor", "2")
+        arguments = (*meet, *floors, "--ft-stopped-timeout", "5", "--max-restarts", "1")
+        path = script(tmp_path, LEARNS_FROM_THE_OTHER)
+        agents = [start_agent(spawn, tmp_path, *arguments, "--local-addr", f"127.0.0.{n}", path) for n in (1, 2)]
+        for agent in agents:
+            agent.expect_line("done 1")
+            assert agent.wait() == 0
+    said = "".join(map(stderr_of, agents))
+    assert "rank 1 hangs, and is ended by signal 9: section 'save' open for" in said
+    assert "(limit 2.0 s)" in said
+
+
 FAILS_AGAIN_WHILE_IT_RESTARTS = """
 import os, signal, sys, threading
 import everstep as es
@@ -173,6 +206,47 @@ def test_what_a_script_leaves_in_atexit_is_how_its_rank_ended(spawn: Spawner, tm
     assert "exitcode  : 7" in stderr_of(agent) or "exit code 7" in stderr_of(agent)
 
 
+HANGS_IN_EVERY_WAY = """
+import atexit, ctypes, multiprocessing, os, signal, threading, time
+import everstep as es
+restart = int(os.environ["TORCHELASTIC_RESTART_COUNT"])
+forever = threading.Event().wait
+def sleeps_in_handler(number, frame): time.sleep(1000)
+def sleeps_at_exit(): time.sleep(1000)
+def loads_batches(): forever()
+def holds_the_gil(): ctypes.PyDLL(None).sleep(1000)
+es.heartbeat()
+with es.section("step"):
+    match restart:
+        case 0: os.kill(os.getpid(), signal.SIGSTOP)
+        case 1: holds_the_gil()
+        case 2: signal.signal(signal.SIGTERM, sleeps_in_handler); os.kill(os.getpid(), signal.SIGTERM)
+        case 3:
+            child = multiprocessing.get_context("fork").Process(target=loads_batches)
+            child.start()
+            child.join()
+        case 4: atexit.register(sleeps_at_exit)
+if restart == 5: print("done", flush=True)
+"""
+
+
+@pytest.mark.soak
+def test_whatever_a_worker_hangs_in_it_is_shown_ended_and_started_again(spawn: Spawner, tmp_path: Path) -> None:
+    limits = ("--ft-rank-section-timeouts", "step:1", "--ft-stopped-timeout", "1", "--ft-rank-heartbeat-timeout", "2")
+    path = script(tmp_path, HANGS_IN_EVERY_WAY)
+    agent = start_agent(spawn, tmp_path, *PLAIN, "--max-restarts", "5", *limits, path)
+    agent.expect_line("done", 60.0)
+    assert agent.wait() == 0
+    said = stderr_of(agent)
+    reports = [line for line in said.splitlines() if line.startswith("everstep: rank 0 hangs: ")]
+    assert len(reports) == 5
+    assert all("section 'step' open for" in report for report in reports[1:4]), reports
+    assert "stopped by a signal" in reports[0] or "section 'step' open for" in reports[0]
+    assert "no heartbeat for" in reports[4]
+    for function in ("holds_the_gil", "sleeps_in_handler", "loads_batches", "sleeps_at_exit"):
+        assert f"in {function}" in said
+
+
 DATA = """
 import os, threading, torch
 torch.set_num_threads(1)
@@ -192,12 +266,16 @@ def batches():
 """
 
 
+def documented(kind: str, number: int, changed: int = 0) -> str:
+    """A block of docs/hangs.md, changed."""
+    blocks = re.findall(rf"```{kind}\n(.*?)```", (ROOT / "docs/hangs.md").read_text(), flags=re.DOTALL)
+    lines = blocks[number].splitlines()
+    assert sum(line.startswith("+") for line in lines) == changed
+    return "\n".join(line[1:] if changed else line for line in lines if not line.startswith("-"))
+
+
 def documented_script() -> str:
-    """The one of docs/hangs.md, changed."""
-    (diff,) = re.findall(r"```diff\n(.*?)```", (ROOT / "docs/hangs.md").read_text(), flags=re.DOTALL)
-    lines = diff.splitlines()
-    assert sum(line.startswith("+") for line in lines) == 8
-    return "\n".join(line[1:] for line in lines if not line.startswith("-"))
+    return documented("diff", 0, changed=8)
 
 
 def test_the_documented_script_is_changed_in_eight_lines_and_is_one() -> None:
@@ -209,9 +287,27 @@ def test_the_documented_script_is_hang_proof_without_a_setting(spawn: Spawner, t
     script(tmp_path, DATA, "data.py")
     arguments = ("--standalone", "--nproc-per-node", "2", "--max-restarts", "1")
     agent = start_agent(spawn, tmp_path, *arguments, script(tmp_path, documented_script(), "train.py"))
-    assert agent.wait(90.0) == 0
+    assert agent.wait(180.0) == 0
     assert agent.stdout_path.read_text().count("is done") == 2
     said = stderr_of(agent)
     assert "(limit 1" in said
     assert "it waits for rank 1, which is where the trouble is" in said or "the others wait for rank 1" in said
     assert "in stuck_layer" in said
+
+
+@pytest.mark.soak
+def test_an_ft_launcher_script_runs_after_renaming_the_command_and_the_import(spawn: Spawner, tmp_path: Path) -> None:
+    script(tmp_path, DATA, "data.py")
+    script(tmp_path, documented("diff", 2, changed=1), "train.py")
+    script(tmp_path, documented("yaml", 0), "cfg.yaml")
+    command, *arguments = documented("diff", 1, changed=1).replace("\\\n", " ").split()
+    assert (command, arguments.pop(0)) == ("everstep", "run")
+    words = [str(tmp_path / word) if word in ("cfg.yaml", "train.py", "ckpt.pt") else word for word in arguments]
+    agent = start_agent(spawn, tmp_path, *words)
+    assert agent.wait(240.0) == 0
+    assert agent.stdout_path.read_text().count("is done") == 2
+    said = stderr_of(agent)
+    assert "in stuck_layer" in said
+    limits = [float(limit) for limit in re.findall(r"hangs: section 'step' open for .* \(limit ([0-9.]+) s\)", said)]
+    assert limits
+    assert limits[0] < 60.0, "it was calculated from the steps, not the one that is given"

@@ -57,6 +57,34 @@ def test_a_killed_template_is_replaced_and_its_workers_go_on(own_template: Templ
             assert not own_template.is_plain
 
 
+def test_a_template_that_a_signal_stopped_is_replaced_at_once(own_template: TemplateStarter, scripts: Scripts) -> None:
+    stopped = own_template.template_pid
+    os.kill(stopped, signal.SIGSTOP)
+    begun = time.monotonic()
+    with Worker(own_template, scripts.script(UP)) as worker:
+        assert worker.read_line() == "up"
+    assert time.monotonic() - begun < DEADLINE_S / 2
+    assert own_template.template_pid not in (0, stopped)
+
+
+@pytest.mark.soak
+def test_a_spare_that_a_signal_stopped_is_not_waited_for(scripts: Scripts) -> None:
+    settings = TemplateSettings(environment=environment(), search_path=os.getcwd(), preload=(), spares=1)
+    others = _forked_and_waiting()
+    with nothing_left(), TemplateStarter(settings, Surroundings()) as starter:
+        assert starter.wait_ready(DEADLINE_S)
+        others.add(starter.template_pid)
+        wait_until(lambda: len(_forked_and_waiting() - others) == 1)
+        (spare,) = _forked_and_waiting() - others
+        os.kill(spare, signal.SIGSTOP)
+        begun = time.monotonic()
+        with Worker(starter, scripts.script(UP)) as worker:
+            assert worker.read_line() == "up"
+            assert worker.pid != spare
+        assert time.monotonic() - begun < DEADLINE_S / 2
+        wait_until(lambda: not proc.is_alive(spare))
+
+
 def test_a_start_that_a_templates_death_interrupts_is_retried_and_starts_one_worker(
     own_template: TemplateStarter, scripts: Scripts
 ) -> None:

@@ -1,6 +1,7 @@
 """NodeClient against a real lighthouse: rounds, what nodes are told, the store of a round, closing, restarts."""
 
 import contextlib
+import queue
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -9,7 +10,8 @@ from typing import TypeVar
 import pytest
 
 from everstep.config import LighthouseSettings
-from everstep.core.node_messages import CloseScope, NodeSpec, RoundInfo
+from everstep.core.node import NodeStage
+from everstep.core.node_messages import CloseScope, IntervalsLargest, NodeSpec, RoundInfo, SeenInterval
 from everstep.errors import (
     ConfigError,
     LighthouseUnreachable,
@@ -44,6 +46,7 @@ class Nodes:
         *,
         join_timeout_s: float = DEADLINE_S,
         last_call_s: float = DEADLINE_S,
+        on_largest: Callable[[IntervalsLargest], None] | None = None,
     ) -> NodeClient:
         spec = NodeSpec(
             node_id=node_id,
@@ -56,6 +59,7 @@ class Nodes:
         target = LinkTarget(url=self.url, credentials=Credentials(job_id="job", role="node"))
         client = NodeClient(target, "", spec)
         self._clients.append(client)
+        client.on_largest = on_largest
         client.start()
         return client
 
@@ -172,8 +176,8 @@ def test_a_spare_hears_that_it_was_one(nodes: Nodes) -> None:
     a = nodes.start("a", most=1)
     nodes.round(a)
     spare = nodes.start("spare", most=1)
-    join = nodes.join(spare)
-    assert spare.wait_changed(lambda c: c.is_open, DEADLINE_S)
+    join = nodes.join(spare)  # on another thread, which may be late
+    assert spare.wait_changed(lambda c: c.is_open and c._machine.stage is NodeStage.JOINING, DEADLINE_S)
     assert nodes.round(a)[0].size == 1  # its join has arrived before this one, on a link that was open before
     a.close(reason="done")
     with pytest.raises(RendezvousEnded) as caught:
@@ -277,3 +281,13 @@ def test_without_a_lighthouse_a_join_says_so() -> None:
     with NodeClient(target, "", NodeSpec(node_id="a", nonce="a")) as client:
         with pytest.raises(LighthouseUnreachable, match=r"no lighthouse at http://127\.0\.0\.1:1"):
             client.next_round(lambda: "x:1")
+
+
+def test_what_ranks_of_one_node_saw_is_told_to_all_and_at_once_to_one_that_comes_later(nodes: Nodes) -> None:
+    told: queue.SimpleQueue[IntervalsLargest] = queue.SimpleQueue()
+    first = nodes.start("a", on_largest=told.put)
+    first.saw((SeenInterval("step", 2.5),))
+    wanted = IntervalsLargest((SeenInterval("step", 2.5),))
+    assert told.get(timeout=DEADLINE_S) == wanted
+    nodes.start("b", on_largest=told.put)
+    assert told.get(timeout=DEADLINE_S) == wanted

@@ -1,17 +1,23 @@
 """Ranks that hang, as real processes, and what becomes of them."""
 
+import contextlib
 import dataclasses
 import os
 import signal
+import threading
 import time
 from pathlib import Path
 
 import pytest
 
+from everstep.core.hang import HangPolicy
+from everstep.core.limits import ENOUGH, LimitPolicy, Observed
 from everstep.monitor.control import WorkloadAction
-from everstep.monitor.events import ControlRequested, RankCleared, RankHung, RankSuspected
+from everstep.monitor.events import ControlRequested, RankCleared, RankEvent, RankHung, RankSuspected
 from everstep.monitor.processes import process
-from tests.monitor.agent import Agent, limits
+from everstep.monitor.reader import Monitor
+from everstep.monitor.settings import MonitorSettings
+from tests.monitor.agent import DEADLINE_S, Agent, Rank, limits
 from tests.support.processes import Spawner
 from tests.support.waiting import wait_until
 
@@ -25,8 +31,8 @@ def pages() -> dict[str, int]:
     return {"fd": str(links).count("everstep-monitor"), "maps": str(maps).count("everstep-monitor")}
 
 
-def hung(agent: Agent, rank: int = 0) -> RankHung:
-    event = agent.expect(RankHung, lambda e: e.rank == rank)
+def hung(agent: Agent, rank: int = 0, deadline_s: float = DEADLINE_S) -> RankHung:
+    event = agent.expect(RankHung, lambda e: e.rank == rank, deadline_s)
     assert agent.ranks[rank].spawned.wait() == -signal.SIGKILL
     return event
 
@@ -216,6 +222,23 @@ forever()
         assert hung(agent).limit_s < 5.0
 
 
+def test_limits_that_other_nodes_have_learned_hold_and_the_first_sections_of_a_process_may_take_longer(
+    spawn: Spawner,
+) -> None:
+    source = f"""{BEGIN}
+for seconds in (0.4, 0.1, 0, 0, 0):
+    with es.section("step"): forever(seconds)
+with es.section("step"): forever()
+"""
+    policy = LimitPolicy(floor_s=0.2, mixed_floor_s=20.0)
+    with Agent(spawn, MonitorSettings(hang=HangPolicy(limits=policy))) as agent:
+        agent.monitor.hear({"step": Observed(ENOUGH, 0.01)})
+        agent.start(0, source)
+        event = hung(agent)
+    assert event.limit_s == 0.2
+    assert event.age_s < 1.0
+
+
 def test_a_worker_whose_agent_is_killed_goes_on_and_says_so_once(spawn: Spawner) -> None:
     agent = """
 import os, sys, threading
@@ -247,6 +270,63 @@ for _ in range(3):
     child.send("go")
     assert child.wait() == 0
     assert child.stderr_path.read_text().count("nothing watches this process") == 1
+
+
+def test_a_monitor_whose_thread_is_stuck_costs_the_worker_nothing_and_the_agent_can_let_go_of_it(
+    spawn: Spawner,
+) -> None:
+    """Its events go nowhere: whoever listens to them does not come back."""
+    is_stuck, may_go = threading.Event(), threading.Event()
+
+    def listen(_: RankEvent) -> None:
+        is_stuck.set()
+        assert may_go.wait(DEADLINE_S)
+
+    source = f"""{BEGIN}
+from everstep.monitor import RankMonitorClient, WorkloadAction, WorkloadControlRequest
+client = RankMonitorClient()
+client.init_workload_monitoring()
+for _ in range(1000):
+    assert client.send_workload_control_request(WorkloadControlRequest(WorkloadAction.Continue))
+    with es.section("step"): es.heartbeat()
+"""
+    with Monitor(limits(), listen) as monitor:
+        child = spawn(["-c", source], env=monitor.environment(0))
+        monitor.add_rank(0, Rank(child, time.monotonic()))
+        assert is_stuck.wait(DEADLINE_S)
+        assert child.wait() == 0
+        assert monitor.view(0) is not None
+        monitor.remove_rank(0)
+        may_go.set()
+
+
+def test_a_log_that_does_not_take_the_report_does_not_hold_up_the_ranks_end(spawn: Spawner) -> None:
+    """As on a file system that hangs. Here a pipe that nobody reads, and the rank has filled."""
+    read_end, write_end = os.pipe()
+    try:
+        with Monitor(limits(heartbeat=0.3), lambda _: None) as monitor:
+            environment = monitor.environment(0)
+            os.set_blocking(write_end, False)
+            with contextlib.suppress(BlockingIOError):
+                while True:
+                    os.write(write_end, bytes(65536))
+            os.set_blocking(write_end, True)
+            child = spawn(["-c", f"{BEGIN}es.heartbeat()\nforever()"], env=environment)
+            monitor.add_rank(0, Rank(child, time.monotonic()), write_end)
+            assert child.wait() == -signal.SIGKILL
+            monitor.remove_rank(0)
+            os.set_blocking(read_end, False)
+            wait_until(lambda: b"rank 0 hangs" in _read(read_end))
+    finally:
+        os.close(read_end)
+        os.close(write_end)
+
+
+def _read(fd: int) -> bytes:
+    try:
+        return os.read(fd, 1 << 20)
+    except BlockingIOError:
+        return b""
 
 
 def test_a_stopped_agent_costs_the_worker_nothing_and_accuses_nobody_when_it_goes_on(spawn: Spawner) -> None:

@@ -159,6 +159,6 @@ def test_a_hang_in_process_group_initialisation_is_found(
     first = "from everstep.monitor.first import show_stacks_on_request\nshow_stacks_on_request()\n"
     with Agent(spawn, limits(**given)) as agent:
         agent.start(0, first + GROUP.format(store=tmp_path / "store", calls=calls))
-        event = hung(agent)
+        event = hung(agent, deadline_s=90.0)  # torch has to be imported first
     assert event.mechanism == mechanism
     assert "in init_process_group" in event.stacks[0]

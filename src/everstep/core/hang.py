@@ -23,12 +23,13 @@ So a rank may open 100,000 sections a second, and costs one look per shortest li
 import dataclasses
 import enum
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from everstep.core.limits import HEARTBEAT, OUTSIDE, LimitPolicy, Limits, Observed
 
 LOOK_MIN_S = 0.05  # between two looks, whatever the limits
-LOOK_SUSPECT = 0.1  # of the shortest limit, between looks at one that is suspect
+LOOK_MAX_S = 10.0  # to learn
+LOOK_SUSPECT = 0.1  # of the shortest limit, between looks at one that is suspect; of that of stopped ones, always
 LOOK_AGAIN_S = 1.0  # a look that was asked for and did not come is asked for again
 LATENESS_MIN_S = 0.05
 PAUSES_MAX = 16
@@ -48,13 +49,15 @@ class Mechanism(enum.Enum):
 
 @dataclasses.dataclass(frozen=True)
 class Section:
-    """One that is open. `waits`: for other ranks; `is_mixed`: anything may happen in it."""
+    """One that is open. `waits`: for other ranks; `is_mixed`: anything may happen in it; `is_cold`: it is one of the
+    first of its process."""
 
     name: str
     since: float
     thread: int = 0
     waits: bool = False
     is_mixed: bool = False
+    is_cold: bool = False
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -183,6 +186,13 @@ class HangJudge:
         self.limits.set_by(rank, timeouts)
         self._look_soon(now)
 
+    def hear(self, observed: Mapping[str, Observed], now: float) -> None:
+        """The longest intervals over all nodes."""
+        shortest = self.limits.shortest()
+        self.limits.hear(observed, now)
+        if self.limits.shortest() != shortest:
+            self._look_soon(now)
+
     def next_deadline(self) -> float | None:
         self._wake_at = min((one.look_at for one in self._ranks.values() if not one.is_hung), default=None)
         return self._wake_at
@@ -219,6 +229,12 @@ class HangJudge:
             self._look_soon(now)
         return findings
 
+    def excuse(self, ranks: Iterable[int], now: float) -> None:
+        """They waited for one that is being ended, as their stacks say: their time begins anew."""
+        for rank in ranks:
+            if rank in self._ranks:
+                self._ranks[rank].excused_at = now
+
     def clocks(self, rank: int) -> list[Clock]:
         """All that runs against a limit, by the last look."""
         return self._clocks(self._ranks[rank])
@@ -246,7 +262,7 @@ class HangJudge:
             since = max(view.heartbeat_at, view.outside_since or 0.0) if is_learned else view.heartbeat_at
             add(Mechanism.HEARTBEAT, since, self.limits.limit(HEARTBEAT))
         for section in view.sections:
-            limit_s = self.limits.limit(section.name, section.is_mixed)
+            limit_s = self.limits.limit(section.name, section.is_mixed or section.is_cold)
             add(Mechanism.SECTION, section.since, limit_s, section.name, section.thread)
         if view.outside_since is not None:
             add(Mechanism.OUTSIDE, view.outside_since, self.limits.limit(OUTSIDE))
@@ -265,13 +281,23 @@ class HangJudge:
     def _set_look(self, one: _Rank, now: float) -> None:
         """Exactly at the next hard deadline; else at the next soft one, or when something new may be at its own."""
         policy, clocks = self._policy, self._clocks(one)
-        limits = (self.limits.shortest(), policy.stopped_s, policy.uninterruptible_s, UNLIMITED_AFTER_S)
-        shortest = min(limit for limit in limits if limit is not None)
         soft = [moment for clock in clocks if (moment := self._soft(one, clock)) > now]
         hard = [moment for clock in clocks if (moment := self._deadline(one, clock)) > now]
-        interval = shortest * (LOOK_SUSPECT if one.is_suspect else policy.soft_share)
+        share = LOOK_SUSPECT if one.is_suspect else policy.soft_share
+        # When a process was stopped is only known by looking, so that a look may be late by what lies between two.
+        intervals = [
+            (self.limits.shortest(), share),
+            (policy.stopped_s, LOOK_SUSPECT),
+            (policy.uninterruptible_s, share),
+        ]
+        interval = min([LOOK_MAX_S, *(limit * part for limit, part in intervals if limit is not None)])
         next_soft = max(min([*soft, now + interval]), now + LOOK_MIN_S)
-        one.look_at = min([*hard, next_soft])
+        one.look_at = min([*hard, next_soft, *self._unlimited_at(one, now)])
+
+    def _unlimited_at(self, one: _Rank, now: float) -> list[float]:
+        """When it is to be said that nothing limits it."""
+        at = one.spawned_at + UNLIMITED_AFTER_S
+        return [at] if not one.was_told_unlimited and at > now else []
 
     def _look_soon(self, now: float) -> None:
         """Limits have changed."""

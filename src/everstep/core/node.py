@@ -16,6 +16,7 @@ from everstep.core.node_messages import (
     ExcludeNode,
     FromNode,
     HostStore,
+    IntervalsSeen,
     JoinRound,
     LeaveRendezvous,
     NodeHealth,
@@ -32,6 +33,7 @@ from everstep.core.node_messages import (
     RoundComplete,
     RoundDissolved,
     RoundInfo,
+    SeenInterval,
     StoreHosted,
     ToNode,
     WorkerEnded,
@@ -76,6 +78,7 @@ class NodeMachine:
         self._excluded: tuple[ExcludedNode, ...] = ()  # nodes, as the lighthouse said it last
         self._exclusion: list[FromNode] = []  # of this node; not sent yet
         self._reports: collections.deque[RankReport] = collections.deque(maxlen=REPORTS_KEPT_MAX)  # not sent yet
+        self._intervals: list[FromNode] = []  # that ranks of this node saw, as it said it last
 
     # ---- the link
 
@@ -93,7 +96,7 @@ class NodeMachine:
         match message:
             case NodeWelcome(lighthouse):
                 self.lighthouse, self.is_registered, self.welcome = lighthouse, True, message
-                kept = [*self._exclusion, *self._reports]
+                kept = [*self._exclusion, *self._intervals, *self._reports]
                 self._exclusion.clear()
                 self._reports.clear()
                 return kept
@@ -177,6 +180,11 @@ class NodeMachine:
             return [report]
         self._reports.append(report)
         return []
+
+    def saw(self, intervals: tuple[SeenInterval, ...]) -> list[FromNode]:
+        """Its ranks: all of it. Said again to a lighthouse that welcomes this node anew."""
+        self._intervals = [IntervalsSeen(intervals)]
+        return [*self._intervals] if self.is_registered else []
 
     def exclude(self, reason: str) -> list[FromNode]:
         """Keep this node out from its next join on. Nothing ends by that: what runs here ends in its own way."""

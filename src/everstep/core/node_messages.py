@@ -111,6 +111,13 @@ class ExcludedNode(msgspec.Struct, frozen=True, array_like=True):
     reason: str
 
 
+class SeenInterval(msgspec.Struct, frozen=True, array_like=True):
+    """How long ranks were at most, of late, in a section, between heartbeats, or outside of sections."""
+
+    key: str  # a section's name, "<heartbeat>" or "<outside>"
+    longest_s: float
+
+
 # ---- node to lighthouse
 
 
@@ -204,6 +211,12 @@ class ExcludeNode(msgspec.Struct, frozen=True, tag="exclude_node"):
     reason: str
 
 
+class IntervalsSeen(msgspec.Struct, frozen=True, tag="intervals_seen"):
+    """What ranks of this node saw, where limits are learned of it. Replaces what it said before."""
+
+    intervals: tuple[SeenInterval, ...]
+
+
 class RankReport(msgspec.Struct, frozen=True, kw_only=True, tag="rank_report"):
     """A rank of this node may hang, or does. Said once, to a lighthouse that has welcomed the node."""
 
@@ -276,6 +289,12 @@ class NodesExcluded(msgspec.Struct, frozen=True, tag="nodes_excluded"):
     nodes: tuple[ExcludedNode, ...]
 
 
+class IntervalsLargest(msgspec.Struct, frozen=True, tag="intervals_largest"):
+    """The largest over all nodes of the job, now. Replaces what was said before."""
+
+    intervals: tuple[SeenInterval, ...]
+
+
 class StoreReply(msgspec.Struct, frozen=True, tag="store_reply"):
     """How a StoreCall ended."""
 
@@ -310,6 +329,7 @@ FromNode = (
     | StoreCall
     | ExcludeNode
     | RankReport
+    | IntervalsSeen
     | FromAgent
 )
 ToNode = (
@@ -321,6 +341,7 @@ ToNode = (
     | RendezvousClosed
     | NodeRefused
     | NodesExcluded
+    | IntervalsLargest
     | StoreReply
     | VouchFor
     | Fence

@@ -9,12 +9,14 @@ import dataclasses
 
 from everstep.core.events import EventKind, JobEvent
 from everstep.core.exclusions import Exclusions
+from everstep.core.learned import JobIntervals, Teller
 from everstep.core.messages import Cause, Close, Effect, Log, Publish, SendToNodes
 from everstep.core.node_messages import (
     CloseRendezvous,
     CloseScope,
     ExcludeNode,
     FromNode,
+    IntervalsSeen,
     JoinRound,
     LeaveRendezvous,
     NodeHealth,
@@ -66,8 +68,12 @@ RendezvousEvent = NodeMessage | NodeLinkClosed | AdmitNode
 class RendezvousMachine:
     """Links are numbered by the shell; a closed link's number never comes back."""
 
-    def __init__(self, config: RendezvousConfig, exclusions: Exclusions | None = None) -> None:
+    def __init__(
+        self, config: RendezvousConfig, exclusions: Exclusions | None = None, intervals: JobIntervals | None = None
+    ) -> None:
         self._config = config
+        self._intervals = intervals if intervals is not None else JobIntervals()
+        self._teller = Teller(self._intervals)
         self._exclusions = exclusions if exclusions is not None else Exclusions()
         self._exclusions_told = self._exclusions.version
         self._roster = NodeRoster(config)
@@ -114,7 +120,7 @@ class RendezvousMachine:
             self._reopen()
         if self._return_until is None and self._closed is None:
             out += self._rounds.form(now)
-        return out + self._rounds.tell_waiting(now)
+        return out + self._rounds.tell_waiting(now) + self._teller.tell(self._every_link, now)
 
     def next_deadline(self) -> float | None:
         deadlines = [
@@ -123,6 +129,7 @@ class RendezvousMachine:
             self._rounds.next_telling(),
             self._return_until,
             self._closed_until,
+            self._teller.next_deadline(),
         ]
         if self._return_until is None and self._closed is None:
             deadlines.append(self._rounds.next_forming_deadline())
@@ -163,6 +170,8 @@ class RendezvousMachine:
                 out += self._remove(node, f"it left: {reason[:REASON_CHARS_MAX]}" if reason else "it left", now)
             case CloseRendezvous(scope, reason):
                 out += self._close(scope, f"node {node.spec.node_id}: {reason[:REASON_CHARS_MAX]}")
+            case IntervalsSeen(intervals):
+                self._intervals.hear((self._config.group, node.spec.node_id), intervals, now)
             case RankReport() if node.news.take(now):
                 out.append(event_of(message, node.spec.node_id, self._config.group))
             case StoreCall():
@@ -201,7 +210,7 @@ class RendezvousMachine:
         )
         if self._exclusions.nodes:
             out.append(SendToNodes(NodesExcluded(self._exclusions.nodes), (link,)))
-        return out + self._go_on(node, hello, now)
+        return out + self._teller.greet(link) + self._go_on(node, hello, now)
 
     def _go_on(self, node: Node, hello: NodeHello, now: float) -> list[Effect]:
         """Where this node stood when its link, or the lighthouse, went."""
@@ -265,7 +274,7 @@ class RendezvousMachine:
         if self._exclusions_told == self._exclusions.version:
             return []
         self._exclusions_told = self._exclusions.version
-        links = tuple(node.link for node in self._roster.nodes.values() if node.link is not None)
+        links = self._every_link()
         return [SendToNodes(NodesExcluded(self._exclusions.nodes), links)] if links else []
 
     # ---- coming and going
@@ -349,6 +358,7 @@ class RendezvousMachine:
         if node.link is not None:
             self._rounds.store_link_closed(node.link)
         self._roster.remove(node_id)
+        self._intervals.forget((self._config.group, node_id), now)
         out: list[Effect] = [Log("node gone", {"group": self._config.group, "node": node_id, "why": why})]
         out += self._rounds.gone(node_id, why, now)
         out += self._judge(f"node {node_id} is gone: {why}")
@@ -360,6 +370,9 @@ class RendezvousMachine:
             self._contending.pop(node.contender[0], None)
             out += self._hello(*node.contender, now)
         return out
+
+    def _every_link(self) -> tuple[int, ...]:
+        return tuple(node.link for node in self._roster.nodes.values() if node.link is not None)
 
     def _links(self, node: Node) -> tuple[int, ...]:
         return (node.link,) if node.link is not None else ()

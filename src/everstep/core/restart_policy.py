@@ -76,6 +76,7 @@ class RestartConfig:
     policy: RestartPolicyName
     budget: BudgetPolicy
     shutdown_timeout_s: float = 30.0  # from Stop.ASK to Stop.KILL
+    drain_timeout_s: float | None = None  # the same where the node goes by itself; None: no other
     abandon_s: float = 30.0  # from Stop.KILL until workers that do not end are given up, and their group with them
     alone_s: float = 60.0  # without a lighthouse, after its own workers finished, until a node goes
 
@@ -310,8 +311,10 @@ class RestartMachine:
         return [] if group.stage is AttemptStage.STOPPING else self._end(group, code, why)
 
     def _begin_stop(self, group: _Group, now: float) -> list[RestartAction]:
-        group.stage, group.kill_at = AttemptStage.STOPPING, now + self._config.shutdown_timeout_s
-        return [StopWorkers(group.name, group.attempt, Stop.ASK)] if self._config.shutdown_timeout_s > 0 else []
+        drain_s, timeout_s = self._config.drain_timeout_s, self._config.shutdown_timeout_s
+        timeout_s = drain_s if group.code == CODE_DRAINED and drain_s is not None else timeout_s
+        group.stage, group.kill_at = AttemptStage.STOPPING, now + timeout_s
+        return [StopWorkers(group.name, group.attempt, Stop.ASK)] if timeout_s > 0 else []
 
     def _kill(self, group: _Group, now: float) -> list[RestartAction]:
         if group.is_killed:

@@ -8,7 +8,12 @@ import re
 _FRAME = re.compile(r'^  File "(?P<file>[^"]*)", line \d+ in (?P<function>.*)$')
 _THREAD = re.compile(r"^(Current thread|Thread) ", re.MULTILINE)
 # Where a rank is that waits for others: in a collective, or in a backward pass that ends in one.
-_WAITS_IN_FILES = ("torch/distributed/", "torch/nn/parallel/distributed.py", "everstep/collectives/")
+_WAITS_IN_FILES = (
+    "torch/distributed/",
+    "torch/nn/parallel/distributed.py",
+    "everstep/collectives/",
+    "everstep/monitor/maximum.py",
+)
 _WAITS_IN_FUNCTIONS = ("_engine_run_backward",)
 _PASSED_ON = ("torch/_ops.py", "torch/utils/_contextlib.py")
 _WRAPS = ("forward", "_run_ddp_forward")  # of DistributedDataParallel and its like

@@ -14,14 +14,13 @@ import queue
 import secrets
 import signal
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
 
-from everstep.core.node_messages import NodeSpec
+from everstep.core.node_messages import IntervalsLargest, NodeSpec, SeenInterval
 from everstep.core.policies import RestartPolicyName
 from everstep.core.restart_budget import BudgetPolicy
 from everstep.core.restart_events import (
@@ -52,6 +51,7 @@ from everstep.launcher.group_rendezvous import GroupRendezvous, Round, address_f
 from everstep.launcher.plain import PlainStarter
 from everstep.launcher.rank_monitor import RankMonitor
 from everstep.launcher.report import Failure, failure_table, first_failure, hand_on_error_file
+from everstep.launcher.scratch import scratch_folder
 from everstep.launcher.settings import JobSettings
 from everstep.launcher.starting import ExitStatus, RunAs, Starter
 from everstep.launcher.store_host import StoreHost, host_store
@@ -78,12 +78,12 @@ def run(settings: JobSettings, *, budget: BudgetPolicy | None = None) -> int:
     """
     settings = dataclasses.replace(settings, environment=common_environment(settings))
     with contextlib.ExitStack() as stack:
-        scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="everstep-agent-")))
+        scratch = stack.enter_context(scratch_folder())
         lighthouse = stack.enter_context(lighthouse_of(settings))
         starter = stack.enter_context(_starter(settings))
-        logs = stack.enter_context(WorkerLogs(settings))
+        logs = stack.enter_context(WorkerLogs(settings, scratch))
         agent = _Agent(settings, starter, lighthouse, budget)
-        monitor = stack.enter_context(RankMonitor(settings.monitor, agent.on_request))
+        monitor = stack.enter_context(RankMonitor(settings.monitor, agent.on_request, agent.on_intervals))
         agent.around = Surrounding(
             settings=settings,
             starter=starter,
@@ -135,7 +135,7 @@ class _Agent:
         self._settings = settings
         self._starter = starter
         self._lighthouse = lighthouse
-        self._queue: queue.SimpleQueue[RestartEvent | Round | Failure] = queue.SimpleQueue()
+        self._queue: queue.SimpleQueue[RestartEvent | Round | Failure | IntervalsLargest] = queue.SimpleQueue()
         groups = settings.replica_groups or ("",)
         pace = budget or BudgetPolicy()
         self._machine = RestartMachine(
@@ -152,6 +152,7 @@ class _Agent:
                     no_progress_max=settings.max_no_progress_cycles,
                 ),
                 shutdown_timeout_s=settings.shutdown_timeout_s,
+                drain_timeout_s=settings.drain_timeout_s,
             )
         )
         self._rendezvous = {group: self._make_rendezvous(group) for group in groups}
@@ -177,6 +178,8 @@ class _Agent:
                     self._rounds[event.group] = event
                 elif isinstance(event, Failure):
                     self._failures.setdefault(event.group, []).append(event)
+                elif isinstance(event, IntervalsLargest):
+                    self.around.monitor.hear(event.intervals)
                 else:
                     self._perform(self._machine.receive(event, now) if event is not None else self._machine.tick(now))
         finally:
@@ -186,7 +189,7 @@ class _Agent:
         # As a shell says it of a program that a signal has ended.
         return 128 + self._signals[-1] if len(self._signals) > 1 else self._code
 
-    def _next_event(self) -> RestartEvent | Round | Failure | None:
+    def _next_event(self) -> RestartEvent | Round | Failure | IntervalsLargest | None:
         deadline = self._machine.next_deadline()
         timeout_s = WAIT_S if deadline is None else max(0.0, deadline - time.monotonic())
         with contextlib.suppress(queue.Empty):
@@ -221,6 +224,11 @@ class _Agent:
             case WorkloadAction.ShutdownWorkload:
                 for rendezvous in self._rendezvous.values():
                     rendezvous.close(closing_reason(CODE_DO_NOT_RESTART, why))
+
+    def on_intervals(self, intervals: tuple[SeenInterval, ...]) -> None:
+        """From the monitor's thread: what ranks here saw."""
+        for rendezvous in self._rendezvous.values():
+            rendezvous.client.saw(intervals)
 
     @contextlib.contextmanager
     def signals(self) -> Iterator[None]:
@@ -330,6 +338,7 @@ class _Agent:
         client = NodeClient(target, name, spec)
         client.on_fence = lambda worker: self._fence(group, worker)
         client.vouch = lambda worker: self._vouch(group, worker)
+        client.on_largest = self._queue.put
         opener = self._store_opener(group, client)
         return GroupRendezvous(group, client, settings, opener, self._starter.wait_ready, self._queue.put)
 

@@ -6,13 +6,14 @@ other end.
 
 import contextlib
 import os
+import select
 import signal
 import socket
 import time
 from types import TracebackType
 
 from everstep.launcher import script
-from everstep.launcher.death_watch import Surroundings, WatchedProcess
+from everstep.launcher.death_watch import Surroundings, WatchedProcess, state_of
 from everstep.launcher.robust_mutex import RobustMutex
 from everstep.launcher.starting import WorkerNotStarted
 
@@ -20,6 +21,7 @@ __all__ = ["Handshake", "WorkerSilent", "WorkerVanished"]
 
 ARRIVE_S = 30.0  # from the fork, or the start of an interpreter, to the report
 EXEC_S = 30.0  # from the word to go on to the program's first instruction
+LOOK_S = 0.25  # while nothing is heard, between looks at whether a signal has stopped who is to answer
 
 
 class WorkerVanished(WorkerNotStarted):
@@ -59,11 +61,12 @@ class Handshake:
         """Of the worker that reported and waits; 0 before and after."""
         return self._pid
 
-    def await_report(self, timeout_s: float = ARRIVE_S) -> int:
-        """The pid of the worker, which now waits. Raises WorkerVanished, or WorkerNotStarted with its own words."""
+    def await_report(self, timeout_s: float = ARRIVE_S, forked_by: int = 0) -> int:
+        """The pid of the worker, which now waits. Raises WorkerVanished, or WorkerNotStarted with its own words.
+
+        `forked_by`: the process that is to fork it; when a signal has stopped that one it is not waited for."""
         self.theirs.close()  # the copy of it that is left is the worker's
-        self._ours.settimeout(timeout_s)
-        report = self._receive("report")
+        report = self._receive("report", forked_by, timeout_s)
         if not report:
             raise WorkerVanished("the process ended before it came to the script; its stderr may say why")
         _raise_problem(report)
@@ -78,26 +81,35 @@ class Handshake:
     def release(self, fds: tuple[int, ...] = ()) -> WatchedProcess:
         """Let it run, and be back when it does. Raises as `await_report`."""
         self._ours.settimeout(EXEC_S)
+        if state_of(self._pid) == "T":
+            raise WorkerSilent(f"a signal has stopped worker {self._pid}, which was waiting for work")
         try:
             socket.send_fds(self._ours, [script.GO], list(fds))
         except OSError as error:
             raise WorkerVanished(f"worker {self._pid} ended before it was let go on: {error}") from error
-        going = self._receive("word of its program")
+        going = self._receive("word of its program", self._pid, EXEC_S)
         _raise_problem(going)
         if going != script.GOING:
             raise WorkerVanished(f"worker {self._pid} ended before it came to its work")
-        _raise_problem(self._receive("program"))  # nothing, an end, when all is well
+        _raise_problem(self._receive("program", self._pid, EXEC_S))  # nothing, an end, when all is well
         if self.mutex is not None:
             self.mutex.close_fd()
         process = WatchedProcess(self._pid, self.started_at, self.mutex, self._around)
         self._pid, self.mutex = 0, None
         return process
 
-    def _receive(self, what: str) -> bytes:
+    def _receive(self, what: str, whom: int, timeout_s: float) -> bytes:
+        """`whom`: the pid of who is to answer, or 0."""
+        deadline = time.monotonic() + timeout_s
+        poll = select.poll()
+        poll.register(self._ours, select.POLLIN)
+        while not poll.poll(LOOK_S * 1000):
+            if whom and state_of(whom) == "T":
+                raise WorkerSilent(f"no {what} from a starting worker: a signal has stopped process {whom}")
+            if time.monotonic() >= deadline:
+                raise WorkerSilent(f"no {what} from a starting worker within {timeout_s:g} s")
         try:
             return self._ours.recv(script.PROBLEM_BYTES_MAX + 1)
-        except TimeoutError:
-            raise WorkerSilent(f"no {what} from a starting worker within {self._ours.gettimeout():g} s") from None
         except OSError as error:
             raise WorkerVanished(f"no {what} from a starting worker: {error}") from error
 

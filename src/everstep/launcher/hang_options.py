@@ -194,7 +194,9 @@ BY_KEY = {key.name: key for key in FT_KEYS}
 
 def _option(key: FtKey) -> Option:
     """`--ft-a-b`, `--ft-a_b`, and `--ft-param-a_b` as older releases of that launcher had it. None: not given."""
-    flags = [f"--ft-{key.name.replace('_', '-')}", f"--ft-{key.name}", f"--ft_{key.name}", f"--ft-param-{key.name}"]
+    dashed = key.name.replace("_", "-")
+    flags = [f"--ft-{dashed}", f"--ft-{key.name}", f"--ft_{key.name}", f"--ft-param-{key.name}"]
+    flags += [f"--ft-param-{dashed}", f"--ft_param_{key.name}"]
     fate = Fate.HONOURED if key.fate is Fate.REFUSED and key.accepts else key.fate
     return Option(
         name=key.option_name,
@@ -207,8 +209,33 @@ def _option(key: FtKey) -> Option:
     )
 
 
-FT_OPTIONS: tuple[Option, ...] = (
-    *(_option(key) for key in FT_KEYS),
+def _timeout(name: str, fate: Fate, note: str, help_text: str) -> Option:
+    return Option(
+        name=name,
+        flags=(f"--{name.replace('_', '-')}", f"--{name}"),
+        kind=Kind.NUMBER,
+        variable=f"PET_{name.upper()}",
+        fate=fate,
+        note=note,
+        help=help_text,
+        is_hangs=True,
+    )
+
+
+# What that launcher has beside torchrun's options and `--ft-…`.
+FT_LAUNCHER_OPTIONS: tuple[Option, ...] = (
+    _timeout(
+        "workers_stop_timeout",
+        Fate.TRANSLATED,
+        "The same as --shutdown-timeout, which wins. Default 30.",
+        "Seconds from SIGTERM to SIGKILL when workers are stopped for a restart.",
+    ),
+    _timeout(
+        "term_timeout",
+        Fate.HONOURED,
+        "By default --shutdown-timeout; 1800 there.",
+        "Seconds from the signal that ends the agent, which its workers get too, to their SIGKILL.",
+    ),
     Option(
         name="ft_cfg_path",
         flags=("--ft-cfg-path", "--ft-cfg_path", "--ft_cfg_path", "--fault-tol-cfg-path"),
@@ -227,3 +254,4 @@ FT_OPTIONS: tuple[Option, ...] = (
         is_hangs=True,
     ),
 )
+FT_OPTIONS: tuple[Option, ...] = (*(_option(key) for key in FT_KEYS), *FT_LAUNCHER_OPTIONS)

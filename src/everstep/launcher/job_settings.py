@@ -50,8 +50,7 @@ def job_settings(values: Values, machine: Machine) -> JobSettings:
     )
     meeting = _kept_at_home(meeting, place, groups := group_ids(values, place))
     ranks, infrastructure_rank = _ranks(values, pairs, place, groups, machine.environ)
-    workers = workers_per_node(values, len(groups), machine)
-    python = machine.environ.get("PYTHON_EXEC") or machine.python
+    workers, python = workers_per_node(values, len(groups), machine), _python(machine)
     return JobSettings(
         run_as=run_as,
         target=target,
@@ -98,10 +97,15 @@ def job_settings(values: Values, machine: Machine) -> JobSettings:
         duplicate_stderr_filters=values.items("duplicate_stderr_filters"),
         log_line_prefix=machine.environ.get("TORCHELASTIC_LOG_LINE_PREFIX_TEMPLATE"),
         shutdown_timeout_s=_shutdown_timeout(values, machine.environ),
+        drain_timeout_s=_seconds(values, "term_timeout"),
         signals_to_handle=_signals(values),
         monitor=monitor_settings(values),
         max_no_progress_cycles=max_no_progress_cycles(values),
     )
+
+
+def _python(machine: Machine) -> str:
+    return machine.environ.get("PYTHON_EXEC") or machine.python
 
 
 def _check_fates(values: Values) -> None:
@@ -301,10 +305,20 @@ def _signals(values: Values) -> tuple[int, ...]:
 def _shutdown_timeout(values: Values, environ: Mapping[str, str]) -> float:
     if values.options["shutdown_timeout"].value is not None:
         return _count(values, "shutdown_timeout", SHUTDOWN_TIMEOUT_MAX_S)
+    stop_s = _seconds(values, "workers_stop_timeout")
+    if stop_s is not None:
+        return stop_s
     text = environ.get("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "").strip() or str(SHUTDOWN_TIMEOUT_S)
     if not (text.isascii() and text.isdigit() and int(text[:9]) <= SHUTDOWN_TIMEOUT_MAX_S):
         raise ConfigError(f"TORCH_ELASTIC_SHUTDOWN_TIMEOUT={text!r} must be whole seconds")
     return int(text)
+
+
+def _seconds(values: Values, name: str) -> float | None:
+    number = values.options[name].value
+    if number is not None and not (isinstance(number, int | float) and 0 <= number <= SHUTDOWN_TIMEOUT_MAX_S):
+        raise ConfigError(f"{values.named(name)}={number} must be a number of seconds up to {SHUTDOWN_TIMEOUT_MAX_S}")
+    return number
 
 
 def _count(values: Values, name: str, highest: int) -> int:

@@ -9,13 +9,15 @@ import threading
 from collections.abc import Callable
 from types import TracebackType
 
-from everstep.core.node_messages import RankNews, RankReport
+from everstep.core.learned import KINDS_MAX, as_observed
+from everstep.core.node_messages import RankNews, RankReport, SeenInterval
 from everstep.core.rank_news import STACKS_CHARS_MAX, WAITING_MAX
 from everstep.core.stacks import cut
 from everstep.launcher.starting import WorkerProcess
 from everstep.monitor.control import WorkloadAction
 from everstep.monitor.events import (
     ControlRequested,
+    IntervalsNews,
     MonitorFailed,
     RankCleared,
     RankEvent,
@@ -34,6 +36,7 @@ KNOWN_MAX = 2048
 log = logging.getLogger("everstep.monitor")
 Ask = Callable[[WorkloadAction, str], None]
 Tell = Callable[[RankReport], None]
+Share = Callable[[tuple[SeenInterval, ...]], None]
 
 
 class Ward:
@@ -56,11 +59,12 @@ class Ward:
 
 
 class RankMonitor:
-    """A context manager. `ask`, and each rank's `tell`, are called on the monitor's thread, and must be quick."""
+    """A context manager. `ask`, `share`, and each rank's `tell` are called on the monitor's thread: be quick."""
 
-    def __init__(self, settings: MonitorSettings, ask: Ask) -> None:
+    def __init__(self, settings: MonitorSettings, ask: Ask, share: Share) -> None:
         self._monitor = Monitor(settings, self._on_event)
         self._ask = ask
+        self._share = share
         self._numbers = itertools.count()
         self._lock = threading.Lock()
         self._known: dict[int, tuple[str, Tell]] = {}  # and some that have ended: the news of it may come after that
@@ -104,7 +108,14 @@ class RankMonitor:
         if log_fd is not None:
             os.close(log_fd)
 
+    def hear(self, intervals: tuple[SeenInterval, ...]) -> None:
+        """The longest over all nodes of the job."""
+        self._monitor.hear(as_observed((one.key, one.longest_s) for one in intervals))
+
     def _on_event(self, event: RankEvent) -> None:
+        if isinstance(event, IntervalsNews):
+            self._share(tuple(SeenInterval(*one) for one in [*event.longest.items()][:KINDS_MAX]))
+            return
         with self._lock:
             name, tell = self._known.get(event.rank, (f"worker {event.rank}", None))
         report = _report(event, name)
@@ -122,7 +133,9 @@ class RankMonitor:
             case MonitorFailed():
                 log.critical("the rank monitor has failed, nothing is watched any more: %s", event.detail)
             case RankUnlimited():
-                log.info("%s: %s", name, event.detail)
+                log.warning(
+                    "%s: %s; a section, a heartbeat or --ft-initial-rank-heartbeat-timeout would", name, event.detail
+                )
             case _:
                 log.info("%s: %s", name, event.detail)
 

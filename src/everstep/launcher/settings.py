@@ -84,6 +84,7 @@ class JobSettings:
     log_line_prefix: str | None = None  # TORCHELASTIC_LOG_LINE_PREFIX_TEMPLATE: ${role_name}, ${rank}, ${local_rank}
 
     shutdown_timeout_s: float = 30.0  # from the first signal to SIGKILL; 0: SIGKILL at once
+    drain_timeout_s: float | None = None  # the same after a signal to the agent; None: no other
     monitor: MonitorSettings = dataclasses.field(default_factory=MonitorSettings)
     max_no_progress_cycles: int = 3  # restarts in a row without a step beyond the last; 0: never give up for that
 

@@ -171,7 +171,7 @@ class TemplateStarter:
     def _introduce(self, template: TemplateProcess, handshake: Handshake) -> None:
         try:
             template.fork(handshake)
-            handshake.await_report()
+            handshake.await_report(forked_by=template.pid)
         except TemplateGone as error:
             self._retire(template)
             raise WorkerVanished(str(error)) from error

@@ -18,7 +18,6 @@ import logging
 import os
 import re
 import selectors
-import shutil
 import string
 import tempfile
 import threading
@@ -40,13 +39,16 @@ _LINE = re.compile(rb"\r\n|\r|\n")
 
 
 class WorkerLogs:
-    """Of one run of an agent. Context manager; `folder` is None where nothing is written (`--log-dir /dev/null`)."""
+    """Of one run of an agent. Context manager; `folder` is None where nothing is written (`--log-dir /dev/null`).
 
-    def __init__(self, settings: JobSettings) -> None:
+    What nobody has asked for, error files, whose content is printed, is in `scratch`, and goes with that.
+    """
+
+    def __init__(self, settings: JobSettings, scratch: Path) -> None:
         self._settings = settings
+        self._scratch = scratch
         self._pump = Pump()
         self._is_off = settings.log_dir is not None and str(settings.log_dir) == os.devnull
-        self._is_temporary = settings.log_dir is None
         self.folder: Path | None = None
 
     def __enter__(self) -> "WorkerLogs":
@@ -64,9 +66,6 @@ class WorkerLogs:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._pump.close()
-        if self._is_temporary and not self._writes_files and self.folder is not None:
-            # It held error files only, and what they said has been printed.
-            shutil.rmtree(self.folder, ignore_errors=True)
 
     def attempt(self, group: str, restarts: int, ranks: Mapping[int, int]) -> "AttemptLogs":
         """For workers that are about to start; `ranks`: their ranks by local rank."""
@@ -80,7 +79,7 @@ class WorkerLogs:
     def _make_folder(self) -> Path:
         name = "".join(c if c.isalnum() or c in "-_." else "_" for c in self._settings.job_id)
         if self._settings.log_dir is None:
-            return Path(tempfile.mkdtemp(prefix=f"everstep_{name}_"))
+            return Path(tempfile.mkdtemp(prefix=f"everstep_{name}_", dir=None if self._writes_files else self._scratch))
         self._settings.log_dir.mkdir(parents=True, exist_ok=True)
         return Path(tempfile.mkdtemp(prefix=f"{name}_", dir=self._settings.log_dir))
 

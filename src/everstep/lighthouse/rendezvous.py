@@ -10,6 +10,7 @@ from everstep.config import LighthouseSettings
 from everstep.core.agents import AgentLinkClosed, AgentMessage
 from everstep.core.events import JobEvent
 from everstep.core.exclusions import Exclusions
+from everstep.core.learned import JobIntervals
 from everstep.core.messages import Close, Effect, Log, Publish, Refused, SendToNodes
 from everstep.core.node_messages import FromAgent, FromNode, NodeHello, ToNode, WorkersRunning
 from everstep.core.rendezvous import (
@@ -56,6 +57,7 @@ class RendezvousDesk:
         self._rendezvous_of: dict[int, _Rendezvous] = {}
         self._open: dict[tuple[str, str], _Rendezvous] = {}
         self._exclusions: dict[str, Exclusions] = {}  # of each job
+        self._intervals: dict[str, JobIntervals] = {}  # of each job
         self._running: dict[int, WorkersRunning] = {}  # what each agent said last
 
     def attach(self, links: NodeLinks) -> None:
@@ -93,6 +95,7 @@ class RendezvousDesk:
     def forget(self, job_id: str) -> None:
         """The job was dropped."""
         self._exclusions.pop(job_id, None)
+        self._intervals.pop(job_id, None)
 
     def has_nodes(self, job_id: str) -> bool:
         return job_id in self._job_of.values()
@@ -166,7 +169,9 @@ class RendezvousDesk:
         )
         assert self._links is not None
         exclusions = self._exclusions.setdefault(job_id, Exclusions())
-        opened = _Rendezvous(config, exclusions, self._links, self._jobs.publish, self._crashed)
+        intervals = self._intervals.setdefault(job_id, JobIntervals())
+        machine = RendezvousMachine(config, exclusions, intervals)
+        opened = _Rendezvous(config, machine, self._links, self._jobs.publish, self._crashed)
         self._open[job_id, group] = opened
         opened.start()
         return opened
@@ -195,13 +200,13 @@ class _Rendezvous:
     def __init__(
         self,
         config: RendezvousConfig,
-        exclusions: Exclusions,
+        machine: RendezvousMachine,
         links: NodeLinks,
         publish: Callable[[str, JobEvent], None],
         on_crash: Callable[["_Rendezvous", Exception], None],
     ) -> None:
         self.config = config
-        self.machine = RendezvousMachine(config, exclusions)
+        self.machine = machine
         self.links: dict[int, None] = {}
         self._links = links
         self._publish = publish

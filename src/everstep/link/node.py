@@ -15,6 +15,7 @@ from everstep.core.node_messages import (
     CloseScope,
     Fence,
     FromNode,
+    IntervalsLargest,
     NodeHealth,
     NodeHeartbeat,
     NodeRefusal,
@@ -23,6 +24,7 @@ from everstep.core.node_messages import (
     RankReport,
     RendezvousClosed,
     RoundInfo,
+    SeenInterval,
     StoreReply,
     ToNode,
     Vouched,
@@ -54,11 +56,13 @@ class NodeClient:
 
     Set `on_fence` and `vouch` before `start`, where there are workers to speak for. Both are given a worker's token, on
     the link's thread, and must not block or raise. `on_fence` ends the worker; its end is then reported as any other.
-    `vouch` returns the state of its process: a letter as in /proc, "" when it is gone.
+    `vouch` returns the state of its process: a letter as in /proc, "" when it is gone. `on_largest` is given what the
+    ranks of all nodes saw, there too.
     """
 
     on_fence: Callable[[str], None] | None = None
     vouch: Callable[[str], str] | None = None
+    on_largest: Callable[[IntervalsLargest], None] | None = None
 
     def __init__(self, target: LinkTarget, group: str, spec: NodeSpec) -> None:
         self._target = target
@@ -241,6 +245,11 @@ class NodeClient:
         with self._changed:
             self._say(self._machine.report_rank(report))
 
+    def saw(self, intervals: tuple[SeenInterval, ...]) -> None:
+        """What ranks of this node saw, all of it, for the other nodes. Any thread; never blocks."""
+        with self._changed:
+            self._say(self._machine.saw(intervals))
+
     def exclude(self, reason: str) -> None:
         """Keep this node out of the job from its next join on, until it is admitted. Any thread; never blocks."""
         with self._changed:
@@ -278,6 +287,10 @@ class NodeClient:
             return
         if isinstance(message, Fence):
             self._fence(message.worker)
+            return
+        if isinstance(message, IntervalsLargest):
+            if self.on_largest is not None:
+                self.on_largest(message)
             return
         with self._changed:
             if isinstance(message, StoreReply):

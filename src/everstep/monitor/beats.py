@@ -146,8 +146,15 @@ class Beats:
     def rebind(self, words: Words) -> None:
         """From now on this page; it takes over what stands in the last one."""
         with self._lock:
+            factor = words[page.W_FACTOR]
             words[page.W_PID + 1 :] = self._words[page.W_PID + 1 :]
+            words[page.W_FACTOR] = factor
             self._point_at(words)
+
+    @property
+    def safety_factor(self) -> float | None:
+        """Of the agent's settings; None without an agent."""
+        return self._words[page.W_FACTOR] / page.FACTOR_UNIT or None
 
     def say_over(self, is_over: bool) -> None:
         self._words[page.W_FLAGS] = page.FLAG_OVER if is_over else 0
@@ -188,10 +195,12 @@ class Beats:
 
     # ---- slow paths
 
-    def _publisher(self, word: int) -> Callable[[int, int], None]:
-        def publish(count: int, longest_ns: int) -> None:
+    def _publisher(self, word: int, flags: int | None = None) -> Callable[[int, int, bool], None]:
+        def publish(count: int, longest_ns: int, is_warm: bool) -> None:
             words = self._words
             words[word], words[word + 1] = max(count, 0), longest_ns
+            if is_warm and flags is not None:
+                words[flags] |= page.FLAG_WARM
 
         return publish
 
@@ -237,7 +246,7 @@ class Beats:
         number = self._free_row(name)
         at = ROWS + number * ROW_WORDS if number is not None else page.LETTER - ROW_WORDS  # a row that is not counted
         here = self._here
-        track = Track(self._publisher(at + page.R_COUNT))
+        track = Track(self._publisher(at + page.R_COUNT, at + page.R_FLAGS))
         handle, enter, leave, is_open, rebind = _make_section(self._words, _Place(name, at, track, here.state))
         row = Row(name, here.thread, get_ident(), handle, enter, leave, is_open, track)
         self._rebinders.append(rebind)
@@ -246,7 +255,7 @@ class Beats:
         words = self._words
         words[at + page.R_SECTION] = 0
         words[at + page.R_THREAD] = here.thread
-        words[at + page.R_FLAGS] = self._flags.get(name, 0)
+        words[at + page.R_FLAGS] = self._flags.get(name, 0) | words[at + page.R_FLAGS] & page.FLAG_WARM
         page.write_name(words, number, name)
         if number == len(self._rows):
             self._rows.append(row)

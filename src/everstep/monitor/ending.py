@@ -21,9 +21,10 @@ OTHERS_MAX = 16
 
 
 class Ending:
-    """Under the monitor's lock."""
+    """Under the monitor's lock, but for `write_reports`."""
 
     def __init__(self, termination_signal: int, kill_after_s: float) -> None:
+        self._reports: list[tuple[int, str]] = []  # not written yet, and where
         self._signal = termination_signal
         self._kill_after_s = kill_after_s
         self._kills: dict[int, tuple[float, WatchedRank]] = {}
@@ -63,13 +64,23 @@ class Ending:
             names={number: one.name for number, one in ranks.items()},
         )
         if watched.log_fd is not None:
-            with contextlib.suppress(OSError):  # a full disk, a reader that has gone: the rank is ended all the same
-                os.write(watched.log_fd, event.report().encode())
+            with contextlib.suppress(OSError):
+                self._reports.append((os.dup(watched.log_fd), event.report()))
         _signal(watched, self._signal)
         _signal(watched, signal.SIGCONT)
         if self._signal != signal.SIGKILL:
             self._kills[rank] = time.monotonic() + self._kill_after_s, watched
         return event
+
+    def write_reports(self) -> None:
+        """Without the lock, and after the signals: a log on a file system that hangs holds up nobody else."""
+        while self._reports:
+            fd, text = self._reports.pop(0)
+            try:
+                with contextlib.suppress(OSError):  # a full disk, a reader that has gone
+                    os.write(fd, text.encode())
+            finally:
+                os.close(fd)
 
 
 def _blame(hung: Hung, stacks: Mapping[int, str]) -> tuple[int | None, tuple[tuple[int, str], ...]]:

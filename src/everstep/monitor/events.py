@@ -74,5 +74,12 @@ class ControlRequested(RankEvent):
 
 
 @dataclasses.dataclass(frozen=True)
+class IntervalsNews(RankEvent):
+    """What ranks of this node saw, for the other nodes. `rank` is -1."""
+
+    longest: dict[str, float]
+
+
+@dataclasses.dataclass(frozen=True)
 class MonitorFailed(RankEvent):
     """A bug of ours: nothing is watched any more. `rank` is -1."""

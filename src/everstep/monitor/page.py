@@ -17,14 +17,16 @@ import zlib
 from collections.abc import Callable
 from typing import Any
 
-from everstep.monitor.first import STACKS_OFFSET
+from everstep.monitor.first import OPEN_FLAGS, STACKS_OFFSET
 
-MAGIC = 0x3130455041475645  # "EVGAPE01"
+MAGIC = 0x3230455041475645  # "EVGAPE02"
 # Words of the header.
 W_MAGIC, W_PID, W_ROWS, W_FLAGS = 0, 1, 2, 3
 W_BEAT, W_BEAT_COUNT, W_BEAT_LONGEST = 4, 5, 6
 W_OUT_COUNT, W_OUT_LONGEST = 8, 9
 W_LETTER_BYTES, W_LETTER_CRC = 11, 12
+W_FACTOR = 13  # the agent's safety factor, in millionths; all else is the worker's
+FACTOR_UNIT = 1_000_000
 FLAG_OVER = 1  # watch me no more
 
 ROWS = 64
@@ -32,7 +34,7 @@ ROW_WORDS = 16
 ROWS_MAX = 256
 # Words of a row.
 R_SECTION, R_THREAD, R_FLAGS, R_COUNT, R_LONGEST, R_NAME_BYTES, R_NAME = 0, 1, 2, 3, 4, 5, 6
-FLAG_WAITS, FLAG_MIXED = 1, 2
+FLAG_WAITS, FLAG_MIXED, FLAG_WARM = 1, 2, 4  # warm: this process has had the first ones
 NAME_BYTES_MAX = 8 * (ROW_WORDS - R_NAME)
 
 LETTER = ROWS + ROWS_MAX * ROW_WORDS
@@ -49,18 +51,19 @@ def blank() -> Words:
     return memoryview(bytearray(PAGE_BYTES)).cast("Q")
 
 
-def new_page() -> tuple[int, Words]:
+def new_page(safety_factor: float = 0.0) -> tuple[int, Words]:
     """The agent's side: a file without a name that lives as long as somebody has it open, and a mapping of it."""
     fd = os.memfd_create("everstep-monitor", os.MFD_CLOEXEC)
     os.ftruncate(fd, STACKS_OFFSET)
     words = _map(fd)
     words[W_MAGIC] = MAGIC
+    words[W_FACTOR] = int(safety_factor * FACTOR_UNIT)
     return fd, words
 
 
 def open_page(path: str) -> tuple[int, Words]:
     """The worker's side. Raises OSError."""
-    fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+    fd = os.open(path, OPEN_FLAGS)
     try:
         if os.fstat(fd).st_size < STACKS_OFFSET:
             raise OSError(f"{path} is no page of a monitor")

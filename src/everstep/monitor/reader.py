@@ -18,7 +18,14 @@ from everstep.core.hang import HangJudge, View
 from everstep.core.limits import Observed
 from everstep.monitor import page
 from everstep.monitor.ending import Ending
-from everstep.monitor.events import MonitorFailed, RankCleared, RankEvent, RankSuspected, RankUnlimited
+from everstep.monitor.events import (
+    IntervalsNews,
+    MonitorFailed,
+    RankCleared,
+    RankEvent,
+    RankSuspected,
+    RankUnlimited,
+)
 from everstep.monitor.letters import Letters
 from everstep.monitor.processes import process
 from everstep.monitor.settings import MonitorSettings
@@ -107,7 +114,7 @@ class Monitor:
     def environment(self, rank: int) -> dict[str, str]:
         """For a process that is about to be started as `rank`: a page. `add_rank` follows, or `remove_rank`."""
         self.remove_rank(rank)
-        fd, words = page.new_page()
+        fd, words = page.new_page(self._settings.hang.limits.safety_factor)
         with self._lock:
             self._pages[rank] = fd, words
         folder = f"/proc/{os.getpid()}/fd"
@@ -140,15 +147,11 @@ class Monitor:
             watched = self._ranks.get(rank)
             return watched.view() if watched is not None else None
 
-    def observed(self) -> dict[str, Observed]:
-        """Intervals of all ranks of this node: for other nodes."""
+    def hear(self, observed: Mapping[str, Observed]) -> None:
+        """The longest intervals over all nodes."""
         with self._lock:
-            return self._judge.limits.observed(time.monotonic())
-
-    def learn(self, observed: Mapping[str, Observed]) -> None:
-        """Intervals of another node."""
-        with self._lock:
-            self._judge.limits.keep(observed, time.monotonic())
+            self._judge.hear(observed, time.monotonic())
+        self._wake()
 
     # ---- its own thread
 
@@ -162,6 +165,7 @@ class Monitor:
                     os.read(self._wake_read, 4096)
                 for event in self._turn():
                     self._on_event(event)
+                self._ending.write_reports()
         except Exception as error:  # thread boundary: the agent must hear that nothing is watched any more
             self._on_event(MonitorFailed(-1, f"{type(error).__name__}: {error}"))
             raise
@@ -185,13 +189,19 @@ class Monitor:
             for finding in findings:
                 match finding:
                     case hang.Hung():
-                        events.append(self._ending.end(finding, self._ranks, now))
+                        hung = self._ending.end(finding, self._ranks, now)
+                        events.append(hung)
+                        if hung.culprit == hung.rank:
+                            self._judge.excuse([rank for rank, _ in hung.waiting], now)
                     case hang.Suspected(rank, detail, clock):
                         events.append(RankSuspected(rank, detail, clock.section, now - clock.since))
                     case hang.Cleared(rank, detail):
                         events.append(RankCleared(rank, detail))
                     case hang.Unlimited(rank, detail):
                         events.append(RankUnlimited(rank, detail))
+            news = self._judge.limits.news(now)
+            if news is not None:
+                events.append(IntervalsNews(-1, "", news))
         return events
 
     def _wake(self) -> None:

@@ -33,9 +33,10 @@ class PageReader:
             if not word:
                 continue
             closed.setdefault(thread, 0)
-            waits, is_mixed = bool(flags & page.FLAG_WAITS), bool(flags & page.FLAG_MIXED)
+            waits = bool(flags & page.FLAG_WAITS)
             if word & 1:
-                sections.append(Section(name, (word >> 1) / 1e9, thread, waits, is_mixed))
+                is_mixed, is_cold = bool(flags & page.FLAG_MIXED), not flags & page.FLAG_WARM
+                sections.append(Section(name, (word >> 1) / 1e9, thread, waits, is_mixed, is_cold))
             else:
                 closed[thread] = max(closed[thread], word >> 1)
                 passed = max(passed, word >> 1) if waits else passed

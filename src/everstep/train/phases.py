@@ -23,8 +23,9 @@ class Phases:
     def __init__(self, beats: Beats = here) -> None:
         self._beats = beats
         self._open = ""
-        for name in (WAITING, REDUCTION, VOTE):
+        for name in (REDUCTION, VOTE):
             beats.describe(name, waits=True)
+        beats.describe(WAITING, waits=True, is_mixed=True)  # for groups that start again, however long that takes them
         beats.describe(RECOVERY, is_mixed=True)
 
     def mark(self, activity: Activity) -> None:
