@@ -90,7 +90,7 @@ class World:
         self.clock = Clock()
         self.climate = climate or self.rng.choice(CLIMATES)
         spare = random.Random(f"lends {seed}")
-        self.lends = lends if lends is not None else spare.random() < 0.9  # else a member of an older version is there
+        self.lends = lends if lends is not None else spare.random() < 0.9 and ranks == 1  # docs/recovery.md
         if self.lends and climate is None and spare.random() < 0.3:
             self.climate = SLOW_TRANSFERS
         if groups >= GROUPS_MANY and climate is None:
