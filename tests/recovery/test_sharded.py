@@ -12,6 +12,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from everstep.errors import StateMismatch
 from everstep.recovery import Fetch, InPlace, Snapshot
+from everstep.recovery.arrival import Arrival
 from tests.recovery.wires import fetched, request_to, serving
 
 
@@ -60,3 +61,16 @@ def test_a_spread_tensor_that_has_no_like_at_the_joiner_is_refused(mesh: DeviceM
     with serving(Snapshot.take({"model": {}, "optimizer": {"m": spread(torch.ones(2, 4), mesh)}})) as (_, url):
         with pytest.raises(StateMismatch, match="no tensor of this member's is spread like that"):
             fetched(url, expected={"model": {}, "optimizer": {}})
+
+
+def test_it_arrives_over_a_transport_of_ones_own(mesh: DeviceMesh) -> None:
+    snapshot = Snapshot.lend({"model": {"w": spread(torch.arange(8.0).view(2, 4), mesh)}})
+    local = torch.zeros(2, 4)
+    own = {"model": {"w": spread(local, mesh)}}
+    arrival = Arrival(own, InPlace(own))
+    arrival.begin(snapshot.manifest_bytes)
+    arrival.chunk(0)[0][:] = snapshot.chunk(0)[0]
+    assert arrival.landed(0, snapshot.digest(0))
+    state: Any = arrival.state()
+    assert isinstance(state["model"]["w"], DTensor)
+    assert torch.equal(local, torch.arange(8.0).view(2, 4))

@@ -13,9 +13,10 @@
 - `distributed_c10d._get_default_store`: the only way to the store that the script's `init_process_group` has made.
 - `Variable._execution_engine.queue_callback`: the only way to run code when `backward()` has computed everything but
   has not returned; torch's own FSDP uses it.
-- `__dynamo_disable`, where `torch._disable_dynamo` keeps what it has made of a function; `_use_grad`, which torch wraps
-  the `step` of its optimizers in; `_opt_called`, which a scheduler's wrapper around that sets: the first use of these
-  imports torch._dynamo otherwise, a second of work in every process. Where torch changes, that is what happens again.
+- `__dynamo_disable`, where `torch._disable_dynamo` keeps what it has made of a function, and `_torchdynamo_disable`,
+  which tells the tracer that it is exempt; `_use_grad`, which torch wraps the `step` of its optimizers in, and
+  `_opt_called`, which a scheduler's wrapper around that sets. The first use of an optimizer imports torch._dynamo
+  otherwise, a second of work in every process. Where torch changes, that is what happens again.
 """
 
 import ctypes
@@ -273,6 +274,7 @@ def _untraced(method: Callable[..., object], plain: Callable[..., object]) -> Ca
         vars(plain).pop("__dynamo_disable", None)  # from here on torch's own
         return method(*args, **kwargs)
 
+    vars(call)["_torchdynamo_disable"] = True  # should it be met first while something is traced
     return call
 
 

@@ -21,7 +21,7 @@ from everstep.recovery.manifest import CHUNK_BYTES_MAX, CHUNK_BYTES_MIN, Manifes
 from everstep.recovery.staging import Staging
 
 DIGEST_BYTES = 8
-BLOCK_BYTES = 1 << 20  # hashed and moved at a time: it stays in a core's cache, and the other end does not wait
+BLOCK_BYTES = 512 << 10  # hashed and moved at a time: it stays in a core's cache, and the other end does not wait
 
 
 class Snapshot:
