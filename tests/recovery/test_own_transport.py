@@ -76,7 +76,9 @@ def test_what_a_revoked_snapshot_held_is_never_published(own: Any, tmp_path: Pat
 def test_an_arrival_is_whole_or_no_state() -> None:
     state, told = state_of(), []
     snapshot = Snapshot.take(state, CHUNK_BYTES)
-    arrival = Arrival(state, Landing(), lambda done, total: told.append((done, total)))
+    landing = Landing()
+    landing.prepare(state)  # zeroes: fresh memory may still hold what the snapshot holds
+    arrival = Arrival(state, landing, lambda done, total: told.append((done, total)))
     with pytest.raises(RecoveryFailed):
         arrival.state()
     with pytest.raises(RemoteProtocolError):

@@ -214,7 +214,8 @@ class LighthouseMachine:
         match message:
             case Heartbeat():
                 peer.heartbeat = message
-                if state.is_current(peer.member):
+                has_state = message.activity is not Activity.RECOVERING  # else its step says nothing
+                if has_state and state.is_current(peer.member):
                     self._crashes.heard(peer.member.replica_id, peer.hello.nonce, message.steps, message.step)
                 self._books.heard(peer.member.replica_id, peer.hello.nonce, message.spent, now)
                 out += self._recoveries.heard(peer.member, message.recovery)
