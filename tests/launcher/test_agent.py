@@ -172,6 +172,7 @@ signal.pause()
 """
 
 
+@pytest.mark.soak
 def test_a_node_whose_template_still_loads_joins_no_round_and_drains_at_once(spawn: Spawner, tmp_path: Path) -> None:
     script(tmp_path, LOADS_FOR_EVER, "loads_for_ever.py")
     source = script(tmp_path, "")

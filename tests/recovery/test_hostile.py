@@ -39,7 +39,7 @@ CHUNK_BYTES = 1 << 12
 # ---- damage
 
 
-@pytest.mark.parametrize("auth", [None, AUTH], ids=["open", "token"])
+@pytest.mark.parametrize("auth", [None, pytest.param(AUTH, marks=pytest.mark.soak)], ids=["open", "token"])
 def test_no_flipped_bit_gets_through(auth: TransferAuth | None) -> None:
     """Every byte of heads, manifest, chunks and digests once; where the damage changes nothing, the state is equal."""
     state = {"model": {"w": torch.arange(1500.0)}, "lr": 0.1, "big": 1 << 70}
