@@ -107,6 +107,7 @@ class Operation:
     result: tuple[object, ...] | None = None
     has_failed: bool = False
     lost: dict[MemberId, None] = dataclasses.field(default_factory=dict)  # the result will not reach them
+    told: dict[MemberId, None] = dataclasses.field(default_factory=dict)  # an error reaches them, or has
 
 
 class Collectives:
@@ -156,6 +157,7 @@ class Collectives:
                 self._complete(operation, members)
         elif any(m in gone and m not in operation.values for m in members):
             self._fail(operation, [member])
+            self._tell_a_neighbour(operation)
 
     def _is_cut(self, operation: Operation, members: tuple[MemberId, ...]) -> bool:
         """Whether a path that it needs is broken: its ends, or one of them, find out; everybody else hangs."""
@@ -180,6 +182,7 @@ class Collectives:
 
     def _finish(self, operation: Operation, member: MemberId, done: Callable[[Outcome], None]) -> None:
         if member not in operation.lost and operation.waiting.pop(member, None) is not None:
+            operation.told.pop(member, None)  # the error comes too late
             if not operation.waiting:
                 self._operations.get(operation.quorum_id, {}).pop(operation.position, None)
             done(operation.result)
@@ -189,9 +192,27 @@ class Collectives:
         for member in members:
             if operation.has_failed and self._rng.random() < 0.3:
                 continue
-            operation.has_failed = True
-            delay = self._rng.uniform(*self._delays.collective)
-            self._clock.after(delay, lambda m=member: self._error(operation, m))  # type: ignore[misc]
+            self._tell(operation, member)
+
+    def _tell(self, operation: Operation, member: MemberId) -> None:
+        operation.has_failed = True
+        operation.told[member] = None
+        delay = self._rng.uniform(*self._delays.collective)
+        self._clock.after(delay, lambda: self._error(operation, member))
+
+    def _tell_a_neighbour(self, operation: Operation) -> None:
+        """Whoever hangs waits for a member that is gone, or for another that hangs: one of them is the first to know.
+
+        As that one leaves, perhaps before it has said a word, the next one is its neighbour.
+        """
+        gone = self._gone.get(operation.quorum_id, {})
+        if any(m not in gone for m in operation.told):
+            return
+        hanging = operation.waiting if operation.result is None else operation.lost
+        for member in hanging:
+            if member in operation.waiting and member not in gone:
+                self._tell(operation, member)
+                return
 
     def _error(self, operation: Operation, member: MemberId, error: NoAnswer | None = None) -> None:
         done = operation.waiting.pop(member, None)
@@ -213,3 +234,4 @@ class Collectives:
                 for m in late:
                     operation.lost[m] = None
                 self._fail(operation, late)
+            self._tell_a_neighbour(operation)
