@@ -1,5 +1,7 @@
 """Rendezvous in the virtual world: faults from a seed end in one round; costs at 10,000 nodes; checkers can fail."""
 
+from pathlib import Path
+
 import pytest
 
 from everstep.core.messages import Effect, SendToNodes
@@ -8,6 +10,23 @@ from everstep.core.rendezvous import RendezvousConfig, RendezvousEvent, Rendezvo
 from everstep.sim.__main__ import main
 from everstep.sim.rendezvous import RendezvousWorld
 from everstep.sim.rendezvous_scale import ScaleRounds
+
+SEEDS_FILE = Path(__file__).with_name("seeds_rendezvous.txt")
+
+
+def _regression_seeds() -> list[tuple[int, str]]:
+    rows = []
+    for line in SEEDS_FILE.read_text().splitlines():
+        if line and not line.startswith("#"):
+            seed, what = line.split(maxsplit=1)
+            rows.append((int(seed), what))
+    return rows
+
+
+@pytest.mark.parametrize(("seed", "what"), _regression_seeds(), ids=lambda v: str(v)[:40])
+def test_a_seed_of_a_rendezvous_that_once_failed_ends_well(seed: int, what: str) -> None:
+    outcome = RendezvousWorld(seed, nodes=2 + seed % 6).run()
+    assert outcome.is_ok, f"{outcome} ({what})"
 
 
 @pytest.mark.parametrize("first", range(0, 600, 150))
