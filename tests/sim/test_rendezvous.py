@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from everstep.core.messages import Effect, SendToNodes
-from everstep.core.node_messages import RoundComplete, RoundInfo
+from everstep.core.node_messages import RoundComplete, RoundDissolved, RoundInfo
 from everstep.core.rendezvous import RendezvousConfig, RendezvousEvent, RendezvousMachine
 from everstep.sim.__main__ import main
 from everstep.sim.rendezvous import RendezvousWorld
@@ -89,7 +89,32 @@ class NoticesNoDeath(RendezvousMachine):
         self._roster.expired = lambda now: []  # type: ignore[method-assign]
 
 
-@pytest.mark.parametrize(("sabotaged", "says"), [(TellsRanksTwice, "rank 0"), (NoticesNoDeath, "")])
+class DropsTheEnd(RendezvousMachine):
+    """Its nodes hear nothing of the end of their rounds."""
+
+    def receive(self, event: RendezvousEvent, now: float) -> list[Effect]:
+        return [effect for effect in super().receive(event, now) if not self._is_end(effect)]
+
+    def _is_end(self, effect: Effect) -> bool:
+        return isinstance(effect, SendToNodes) and isinstance(effect.message, RoundDissolved)
+
+
+class DropsTheEndForThoseWhoComeBack(DropsTheEnd):
+    """A node that was away while its round ended hears nothing of that."""
+
+    def _is_end(self, effect: Effect) -> bool:
+        return super()._is_end(effect) and "not connected" in repr(effect)
+
+
+@pytest.mark.parametrize(
+    ("sabotaged", "says"),
+    [
+        (TellsRanksTwice, "rank 0"),
+        (NoticesNoDeath, ""),
+        (DropsTheEnd, "two rounds stand"),
+        (DropsTheEndForThoseWhoComeBack, "two rounds stand"),
+    ],
+)
 def test_a_broken_lighthouse_is_caught(sabotaged: type[RendezvousMachine], says: str) -> None:
     outcomes = [RendezvousWorld(seed, nodes=4, machine_type=sabotaged).run() for seed in range(12)]
     assert any(not outcome.is_ok and says in outcome.verdict for outcome in outcomes)
