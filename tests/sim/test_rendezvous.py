@@ -1,13 +1,32 @@
 """Rendezvous in the virtual world: faults from a seed end in one round; costs at 10,000 nodes; checkers can fail."""
 
+from pathlib import Path
+
 import pytest
 
 from everstep.core.messages import Effect, SendToNodes
-from everstep.core.node_messages import RoundComplete, RoundInfo
+from everstep.core.node_messages import RoundComplete, RoundDissolved, RoundInfo
 from everstep.core.rendezvous import RendezvousConfig, RendezvousEvent, RendezvousMachine
 from everstep.sim.__main__ import main
 from everstep.sim.rendezvous import RendezvousWorld
 from everstep.sim.rendezvous_scale import ScaleRounds
+
+SEEDS_FILE = Path(__file__).with_name("seeds_rendezvous.txt")
+
+
+def _regression_seeds() -> list[tuple[int, str]]:
+    rows = []
+    for line in SEEDS_FILE.read_text().splitlines():
+        if line and not line.startswith("#"):
+            seed, what = line.split(maxsplit=1)
+            rows.append((int(seed), what))
+    return rows
+
+
+@pytest.mark.parametrize(("seed", "what"), _regression_seeds(), ids=lambda v: str(v)[:40])
+def test_a_seed_of_a_rendezvous_that_once_failed_ends_well(seed: int, what: str) -> None:
+    outcome = RendezvousWorld(seed, nodes=2 + seed % 6).run()
+    assert outcome.is_ok, f"{outcome} ({what})"
 
 
 @pytest.mark.parametrize("first", range(0, 600, 150))
@@ -70,7 +89,32 @@ class NoticesNoDeath(RendezvousMachine):
         self._roster.expired = lambda now: []  # type: ignore[method-assign]
 
 
-@pytest.mark.parametrize(("sabotaged", "says"), [(TellsRanksTwice, "rank 0"), (NoticesNoDeath, "")])
+class DropsTheEnd(RendezvousMachine):
+    """Its nodes hear nothing of the end of their rounds."""
+
+    def receive(self, event: RendezvousEvent, now: float) -> list[Effect]:
+        return [effect for effect in super().receive(event, now) if not self._is_end(effect)]
+
+    def _is_end(self, effect: Effect) -> bool:
+        return isinstance(effect, SendToNodes) and isinstance(effect.message, RoundDissolved)
+
+
+class DropsTheEndForThoseWhoComeBack(DropsTheEnd):
+    """A node that was away while its round ended hears nothing of that."""
+
+    def _is_end(self, effect: Effect) -> bool:
+        return super()._is_end(effect) and "not connected" in repr(effect)
+
+
+@pytest.mark.parametrize(
+    ("sabotaged", "says"),
+    [
+        (TellsRanksTwice, "rank 0"),
+        (NoticesNoDeath, ""),
+        (DropsTheEnd, "two rounds stand"),
+        (DropsTheEndForThoseWhoComeBack, "two rounds stand"),
+    ],
+)
 def test_a_broken_lighthouse_is_caught(sabotaged: type[RendezvousMachine], says: str) -> None:
     outcomes = [RendezvousWorld(seed, nodes=4, machine_type=sabotaged).run() for seed in range(12)]
     assert any(not outcome.is_ok and says in outcome.verdict for outcome in outcomes)

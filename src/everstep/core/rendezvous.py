@@ -197,6 +197,7 @@ class RendezvousMachine:
             if old.link is not None and old.link != link:
                 return self._contend(old, link, hello)
             out += self._lose(Lost(spec.node_id, Cause.SUPERSEDED, "a new process has its node_id"), now)
+            return out + self._hello(link, hello, now)  # one that waited for the id has it now, and comes first
         flaw = self._roster.flaw(hello)
         if flaw:
             return [*out, _refusal(link, hello.node.nonce, NodeRefusal.BAD_CONFIG, flaw)]

@@ -14,11 +14,10 @@ from everstep.core.node_messages import CloseScope, FromNode, NodeSpec, ToNode
 from everstep.core.rendezvous import NodeLinkClosed, NodeMessage, RendezvousConfig, RendezvousMachine
 from everstep.sim.checkers import Violation
 from everstep.sim.network import Channel, Clock
-from everstep.sim.rendezvous_node import BEAT_S, RoundChecker, SimNode
+from everstep.sim.rendezvous_node import BEAT_S, SILENT_S, RoundChecker, SimNode
 
 HEAL_LIMIT_S = 60.0
 EVENTS_MAX = 200_000
-SILENT_S = 6.0
 DELAY_S = (0.0001, 0.002)
 
 
@@ -280,9 +279,7 @@ class RendezvousWorld:
                 raise Violation(f"I7 livelock: {EVENTS_MAX} events by {self.clock.now:.3f} s")
             if not self.clock.step(when):
                 return
-            # One that the lighthouse has not welcomed yet cannot have heard: another process may have its id.
-            able = [n for n in self.living() if not n.is_stopped and n.machine.is_registered]
-            members = [n for n in able if n.machine.stage is NodeStage.MEMBER]
+            members = [n for n in self.living() if n.machine.stage is NodeStage.MEMBER]
             self.checker.standing(members, self.clock.now)
 
     def _all_arrived(self) -> bool:

@@ -1,5 +1,6 @@
 """A simulated agent: a node's real machine, the little that an agent does with it, and what is checked of it."""
 
+import math
 import random
 from collections.abc import Callable
 from typing import Protocol
@@ -11,6 +12,7 @@ from everstep.sim.checkers import Violation
 from everstep.sim.network import Channel, Clock
 
 BEAT_S = 1.5
+SILENT_S = 6.0  # of a node, until it is taken for dead
 RETRY_S = (0.01, 2.0)  # of a node, until it dials the lighthouse again
 LAG_MAX_S = 0.5  # by which every message has arrived for certain
 
@@ -37,14 +39,12 @@ class RoundChecker:
             raise Violation(f"round {info.round}: rank {info.rank} of {info.size} for {name} and {ranks}")
 
     def standing(self, members: "list[SimNode]", now: float) -> None:
-        """Of those that could have heard by now, all are in the newest round, or in none."""
-        newest = max((m.machine.last.round.n for m in members if m.machine.last), default=0)
-        since = min((at for r, at in self.completed_at.items() if r.n == newest), default=now)
-        for member in members:
-            assert member.machine.last is not None
-            has_heard = member.up_since is not None and member.up_since < since and now > since + LAG_MAX_S
-            if member.machine.last.round.n < newest and has_heard:
-                raise Violation(f"two rounds stand: {member.name} in {member.machine.last.round}, others in {newest}")
+        """Of those that must have heard by now, all are in one round. Which is newest their numbers do not say: a
+        lighthouse that was started again learns the numbers of before only from nodes that come back."""
+        heard = [m for m in members if now > m.must_have_heard_at()]
+        rounds = {m.machine.last.round: m for m in heard if m.machine.last is not None}
+        if len(rounds) > 1 and now > max(self.completed_at[r] for r in rounds) + LAG_MAX_S:
+            raise Violation("two rounds stand: " + ", ".join(f"{m.name} in {r}" for r, m in rounds.items()))
 
 
 class Surroundings(Protocol):
@@ -73,6 +73,8 @@ class SimNode:
         self.is_alive, self.is_stopped, self.is_ended = True, False, False
         self.link = 0
         self.up_since: float | None = None
+        self.welcomed_at = 0.0  # on this link
+        self.resumed_at = 0.0
         self.refused: NodeRefusal | None = None
         self._up: Channel | None = None
         self._held: list[Callable[[], None]] = []  # while it is stopped
@@ -92,9 +94,19 @@ class SimNode:
 
     def resume(self) -> None:
         self.is_stopped = False
+        self.resumed_at = self.world.clock.now
         held, self._held = self._held, []
         for call in held:
             self.run(call)
+
+    def must_have_heard_at(self) -> float:
+        """From then on it knows which round stands: a lighthouse tells it with the welcome, and lets it wait for that
+        only while another process holds its id and is silent."""
+        if self.is_stopped or self.up_since is None:
+            return math.inf
+        if self.machine.is_registered:
+            return max(self.welcomed_at, self.resumed_at) + LAG_MAX_S
+        return max(self.up_since, self.resumed_at) + SILENT_S + LAG_MAX_S
 
     def run(self, call: Callable[[], None]) -> None:
         if not self.is_alive:
@@ -140,8 +152,10 @@ class SimNode:
     def heard(self, link: int, message: ToNode) -> None:
         if link != self.link:
             return
-        was = self.machine.stage
+        was, was_registered = self.machine.stage, self.machine.is_registered
         self.send(self.machine.receive(message))
+        if self.machine.is_registered and not was_registered:
+            self.welcomed_at = self.world.clock.now
         if self.machine.stage is NodeStage.MEMBER and was is not NodeStage.MEMBER and self.machine.last is not None:
             self.world.checker.complete(self.name, self.machine.last, self.world.clock.now)
         self._act_later()
