@@ -41,6 +41,7 @@ class Team:
         self._ended: dict[int, tuple[Batch, Outcome, Lineage | None]] = {}  # by the leader's script, by number
         self._together: dict[int, dict[int, tuple[object, Callable[[], None]]]] = {}
         self._has_failed = False
+        self._has_silent_end = False  # of a rank, whose connections stay open
 
     def start(self) -> None:
         for party in self.parties:
@@ -71,6 +72,7 @@ class Team:
 
     def rank_ended(self, ended: RankParty, *, is_noticed: bool) -> None:
         """The others see the connection close after what was sent on it, or instead of the last of it."""
+        self._has_silent_end = self._has_silent_end or not is_noticed
         if not ended.has_left and not self._has_failed:
             self._has_failed = True
             self._check_that_it_ends(is_noticed)
@@ -121,8 +123,10 @@ class Team:
         channels = (*self._up.values(), *self._down.values())
 
         def check() -> None:
-            is_hindered = any(p.frozen_until > now for p in self.parties) or any(
-                c.stalled_until > now for c in channels
+            is_hindered = (
+                self._has_silent_end
+                or any(p.frozen_until > now for p in self.parties)
+                or any(c.stalled_until > now for c in channels)
             )
             if not is_hindered and self.is_alive:
                 alive = [party.name for party in self.parties if party.is_alive]

@@ -24,7 +24,7 @@ from everstep.sim.process import Process
 from everstep.sim.teams import Script, Teams
 from everstep.sim.trainer import Trainer
 
-EVENTS_MAX = 300_000
+EVENTS_MAX = 300_000  # with groups of one rank; as many for each rank of a group
 HEAL_LIMIT_S = 60.0  # I7: virtual time after the last fault within which all must go on together
 
 LEISURE_S = 0.5  # of a computation by who is far enough already, while the others come back
@@ -278,8 +278,8 @@ class World:
 
     def _run_until(self, is_reached: Callable[[], bool], until: float) -> bool:
         while not is_reached():
-            if self.clock.events > EVENTS_MAX:
-                raise Violation(f"I7 livelock: more than {EVENTS_MAX} events by {self.now:.3f} s")
+            if self.clock.events > EVENTS_MAX * self.ranks:
+                raise Violation(f"I7 livelock: more than {EVENTS_MAX * self.ranks} events by {self.now:.3f} s")
             if not self.clock.step(until):
                 return is_reached()
         return True
