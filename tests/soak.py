@@ -24,6 +24,8 @@ def main() -> int:
     parser.add_argument("tests", nargs="*", help="what to give to pytest; default: all")
     args = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    # A shell's background job ignores it, and would hand that on to those who are interrupted by it.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     began_at = time.monotonic()
     with (
         tempfile.TemporaryFile() as log,

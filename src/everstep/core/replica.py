@@ -383,6 +383,8 @@ class Replica(ReplicaState):
         fields: dict[str, object] = {"quorum": str(event.quorum_id), "peer": str(peer), "detail": event.detail}
         failed = Failed(event.quorum_id, peer, event.detail, event.is_unreachable)
         out = [Log("collective failed", fields), *self._send(failed)]
+        if not self.config.freezes_on_notice:
+            out.append(Sever(self.quorum.id))  # no notice ends what the others wait for from this member
         return out + self._react_to_what_was_put_off()
 
     def _train_alone(self, history: str) -> list[Effect]:

@@ -22,10 +22,11 @@ from everstep.sim.network import Channel, Clock, Collectives, Delays
 from everstep.sim.party import Party
 from everstep.sim.process import Process
 from everstep.sim.teams import Script, Teams
-from everstep.sim.trainer import Trainer
+from everstep.sim.trainer import COLLECTIVE_TIMEOUT_S, Trainer
 
 EVENTS_MAX = 300_000  # with groups of one rank; as many for each rank of a group
 HEAL_LIMIT_S = 60.0  # I7: virtual time after the last fault within which all must go on together
+WITHOUT_NOTICES_S = 2 * COLLECTIVE_TIMEOUT_S  # where they are put off: who waits for a dead one, and again for another
 
 LEISURE_S = 0.5  # of a computation by who is far enough already, while the others come back
 
@@ -306,6 +307,8 @@ class World:
         work_s = 2 * self.steps * sum(self.delays.compute)
         self._check_flapping()
         until = self.now + HEAL_LIMIT_S * self.climate.patience + work_s
+        if not self.freezes_on_notice:
+            until += WITHOUT_NOTICES_S
         if self._run_until(self._all_arrived, until):
             return "ok"
         living = self.living()
