@@ -1,7 +1,7 @@
 """The seeds of `make soak`, at the lowest priority.
 
-Replica groups of one rank, the nodes of a rendezvous, a part as many groups with agents, and a smaller part of groups
-of several ranks, which cost more.
+Replica groups of one rank, and a part as many of what is simpler, or costs more: nodes of a rendezvous, groups with
+agents, groups of several ranks.
 """
 
 import contextlib
@@ -12,8 +12,9 @@ from pathlib import Path
 from everstep.sim.__main__ import main
 
 LOWEST_PRIORITY = 19
+RENDEZVOUS_PART = 5
+AGENTS_PART = 20
 RANKED_PART = 60
-AGENTS_PART = 10
 
 
 def run(seeds: str, jobs: str) -> int:
@@ -21,14 +22,17 @@ def run(seeds: str, jobs: str) -> int:
     with contextlib.suppress(OSError):  # this session as a whole, where the kernel shares time among sessions first
         Path("/proc/self/autogroup").write_text(str(LOWEST_PRIORITY))
     first, last = map(int, seeds.split(":"))
-    fewer = f"{first}:{first + (last - first) // RANKED_PART}"
-    with_agents = f"{first}:{first + (last - first) // AGENTS_PART}"
+    ranked = ["--groups", "2:5", "--ranks", "2:3", "--steps", "8"]
+
+    def of(part: int) -> list[str]:
+        return ["--seeds", f"{first}:{first + (last - first) // part}"]
+
     kinds = (
-        ["--seeds", seeds, "--groups", "3:9"],
-        ["--seeds", seeds, "--rendezvous"],
-        ["--seeds", with_agents, "--agents"],
-        ["--seeds", fewer, "--groups", "2:5", "--ranks", "2:3", "--steps", "8"],
-        ["--seeds", fewer, "--groups", "2:5", "--ranks", "2:3", "--steps", "8", "--agents"],
+        [*of(1), "--groups", "3:9"],
+        [*of(RENDEZVOUS_PART), "--rendezvous"],
+        [*of(AGENTS_PART), "--agents"],
+        [*of(RANKED_PART), *ranked],
+        [*of(RANKED_PART), *ranked, "--agents"],
     )
     return max(main([*kind, "--jobs", jobs]) for kind in kinds)
 
