@@ -45,7 +45,7 @@ class _StruckLink:
     def __init__(self, inner: Any, strike: Strike) -> None:
         self._inner = inner
         self._strike = strike
-        self._sent = [0, 0]
+        self._sent = [0, 0, 0]
 
     def send(self, tensor: Tensor, lane: int, patience_s: float) -> Any:
         self._sent[lane] += 1

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from datetime import timedelta
 
+import torch
 from torch import Tensor
 
 from everstep import fork_guard
@@ -24,7 +25,7 @@ from everstep.collectives.rebuilt import await_build, build_aside
 from everstep.collectives.sockets import is_open
 
 HELPER_NAME = "everstep-peers"
-LANES = 2  # of a link: the order of messages on one says nothing of those on the other
+LANES = 2  # of a link: the order of messages on one says nothing of those on the other; a third is in nccl_peers.py
 TALK = 0  # the lane of what is small
 _LOOK_S = 0.01
 _SETTLE_LOOK_S = 0.001
@@ -90,6 +91,10 @@ class PeerLink:
         self._posted: queue.SimpleQueue[PeerMessage | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._wait_for_each, name=HELPER_NAME, daemon=True)
         self._thread.start()
+
+    @property
+    def has_device(self) -> bool:
+        return False
 
     def send(self, tensor: Tensor, lane: int, patience_s: float) -> PeerMessage:
         """`tensor` (CPU, contiguous) is sent as it is then, or later. Raises StepInterrupted, PeerLost."""
@@ -159,6 +164,23 @@ class GlooPeers:
             if (peer, number) not in self._links:
                 self._links[peer, number] = PeerLink(self._group, peer, number)
             return self._links[peer, number]
+
+    @property
+    def device(self) -> torch.device | None:
+        return None
+
+    @property
+    def device_name(self) -> str:
+        return ""
+
+    def open_device(self, peer: int) -> None:
+        """There is none."""
+
+    def check(self) -> None:
+        """Raises StepInterrupted, PeerLost once the group has ended; who waits for something else asks often."""
+        self._group.watch()
+        if self._group.is_severed:
+            raise self._group.failure()
 
     def abort(self) -> None:
         """Whatever waits raises StepInterrupted within milliseconds, and so does whatever comes. Does not block."""

@@ -12,6 +12,7 @@ from everstep.recovery.landing import Landing
 from everstep.recovery.manifest import ArrayNode, BigInt, Blob, Leaf, Manifest, TensorNode, build
 from everstep.recovery.sharded import Meshes
 from everstep.recovery.snapshot import memory_of
+from everstep.recovery.staging import Piece, in_host
 
 
 class Assembly:
@@ -29,11 +30,16 @@ class Assembly:
                 self._regions[node.region] = landing.take(manifest.region_bytes[node.region])
 
     def chunks(self) -> Iterator[list[memoryview]]:
-        """For each chunk in order the pieces of memory that it fills."""
+        """For each chunk in order the pieces of memory that it fills; of a landing in host memory alone."""
+        return map(in_host, self.places())
+
+    def places(self) -> Iterator[list[Piece]]:
+        """For each chunk in order the pieces that it fills, of host memory and of a device's."""
+        staging = self._landing.staging
         left = self._manifest.chunk_bytes
-        pieces: list[memoryview] = []
+        pieces: list[Piece] = []
         for region in self._regions:
-            memory = memory_of(region)
+            memory: Piece = region if staging is not None and staging.holds(region) else memory_of(region)
             while len(memory):
                 piece, memory = memory[:left], memory[left:]
                 pieces.append(piece)
@@ -45,7 +51,7 @@ class Assembly:
             yield pieces
 
     def tree(self) -> dict[str, object]:
-        """The state, made of CPU tensors on the regions; tied tensors share a storage again."""
+        """The state, made of tensors on the regions; tied tensors share a storage again."""
         return build(self._manifest, self._leaf, Meshes(self._own).build)
 
     def adopt(self, manifest: Manifest) -> None:
@@ -59,8 +65,9 @@ class Assembly:
 
     def _leaf(self, node: Leaf) -> object:
         if isinstance(node, TensorNode):
-            storage = self._regions[node.region].untyped_storage()
-            tensor = torch.empty(0, dtype=DTYPES[node.dtype])
+            region = self._regions[node.region]
+            storage = region.untyped_storage()
+            tensor = torch.empty(0, dtype=DTYPES[node.dtype], device=region.device)
             offset = self._begin_of(node.region) // tensor.element_size() + node.offset
             return tensor.set_(storage, offset, node.shape, node.strides)
         if isinstance(node, ArrayNode):

@@ -1,11 +1,12 @@
 """What a fetch needs of a connection to one source, over whatever it is made."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 from everstep.recovery.manifest import Manifest
 from everstep.recovery.same_host import PeerMemory
+from everstep.recovery.staging import Piece
 
 
 class Connection(Protocol):
@@ -34,7 +35,7 @@ class Connection(Protocol):
     def ask_for_chunks(self, manifest: Manifest, snapshot_id: str, chunks: range) -> None:
         """Then `receive` each of them, in order."""
 
-    def receive(self, pieces: list[memoryview]) -> tuple[bytes, bytes]:
+    def receive(self, pieces: Sequence[Piece]) -> tuple[bytes, bytes]:
         """One chunk into its place; returns the digest that the source sent with it, and that of what arrived."""
 
     def ask_for_digests(self, snapshot_id: str, chunks: range) -> None:
@@ -53,7 +54,7 @@ class Wanted:
 
     url: str
     is_notary: bool
-    pieces_of: Callable[[int], list[memoryview]]
+    pieces_of: Callable[[int], list[Piece]]
 
 
 Dial = Callable[[Wanted], Connection]

@@ -18,6 +18,7 @@ from everstep.recovery.report import FetchReport
 from everstep.recovery.request import FetchRequest, Progress
 from everstep.recovery.same_host import PeerMemory
 from everstep.recovery.source import Damaged, SourceConnection
+from everstep.recovery.staging import Piece, in_host
 
 logger = logging.getLogger("everstep.recovery")
 
@@ -51,7 +52,7 @@ class Gathering:
         self._landing = landing
         self._on_progress = on_progress
         self._board: Board | None = None
-        self._pieces: list[list[memoryview]] = []
+        self._pieces: list[list[Piece]] = []
         self._threads: list[threading.Thread] = []
         self._notary: Connection | None = None
         self._lost_at = 0.0  # the latest source
@@ -144,7 +145,7 @@ class Gathering:
             self.assembly = Assembly(manifest, self._landing, request.expected)
         except (RuntimeError, MemoryError) as error:  # torch's allocator raises RuntimeError
             raise RecoveryFailed(f"no memory for a state of {manifest.total_bytes} bytes: {error}") from error
-        self._pieces = list(self.assembly.chunks())
+        self._pieces = list(self.assembly.places())
         self._layout = manifest
         self._board = Board(manifest.chunk_count, len(self.sources))
         for number, source in enumerate(self.sources):
@@ -208,7 +209,7 @@ class Gathering:
         if connection is not None:
             connection.shut()  # its thread gives back what it had claimed, when it no longer writes there
 
-    def pieces_of(self, chunk: int) -> list[memoryview]:
+    def pieces_of(self, chunk: int) -> list[Piece]:
         return self._pieces[chunk]
 
     def landed(self, number: int, chunk: int, sent: bytes, digest: bytes) -> None:
@@ -367,7 +368,7 @@ class Worker:
         connection.ask_for_digests(snapshot_id, chunks)
         gathering.report.transport[connection.url] = "memory"
         left = iter(chunks)
-        with Readers(memory, manifest, gathering.pieces_of) as readers:
+        with Readers(memory, manifest, lambda chunk: in_host(gathering.pieces_of(chunk))) as readers:
             readers.start(chunks, reader_count(len(gathering.sources)))
             for digests in connection.digests(len(chunks)):
                 for sent, chunk in zip(digests, left, strict=False):

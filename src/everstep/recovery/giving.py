@@ -6,6 +6,7 @@ import threading
 from collections import deque
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from everstep.errors import ConfigError, RemoteProtocolError, StepInterrupted
@@ -19,6 +20,7 @@ from everstep.recovery.conversation import (
     Handshake,
     Nonce,
     Offered,
+    OpenDevice,
     Proof,
     Refused,
     Said,
@@ -99,6 +101,8 @@ class _Server:
         self._peers = peers
         self._gift = gift
         self._cuts = Cuts(gift.snapshot.manifest)
+        staging = gift.snapshot.staging  # of the device that lane DEVICE takes from, if it takes any
+        self._staging = staging if staging is not None and staging.device == peers.device else None
         self._on_the_way: deque[list[Message]] = deque()  # the chunks asked for last
         self._unvouched: deque[int] = deque()
 
@@ -119,7 +123,8 @@ class _Server:
             raise RemoteProtocolError("it does not know the job token")
         manifest = bytearray(gift.snapshot.manifest_bytes)
         mac = handshake.donor_mac(gift.snapshot.id, manifest)
-        offered = Offered(gift.snapshot.id, len(manifest), digest_of([memoryview(manifest)]), mac)
+        device = self._peers.device_name if self._staging is not None else ""
+        offered = Offered(gift.snapshot.id, len(manifest), digest_of([memoryview(manifest)]), mac, device)
         link.send(pack(offered), TALK, STALL_S)
         link.send(as_tensor(manifest), BULK, STALL_S)
         link.send(pack(Sent()), TALK, STALL_S)
@@ -136,10 +141,13 @@ class _Server:
                 self._vouch(link)
                 continue
             request = _heard(frame, coming)
-            if not isinstance(request, WantChunk) or not 0 <= request.index < self._gift.snapshot.chunk_count:
-                raise RemoteProtocolError(f"{request} instead of a request for a chunk")
             frame, coming = _listen(link, IDLE_S)
-            self._send(link, request.index)
+            if isinstance(request, OpenDevice) and self._staging is not None:
+                self._peers.open_device(JOINER)
+            elif isinstance(request, WantChunk) and 0 <= request.index < self._gift.snapshot.chunk_count:
+                self._send(link, request)
+            else:
+                raise RemoteProtocolError(f"{request} instead of a request for a chunk")
 
     def notarize(self) -> None:
         """On a thread beside it, the digests alone."""
@@ -156,13 +164,23 @@ class _Server:
         except RemoteProtocolError as error:
             logger.warning("recovery: no digests for %s: %s", self._gift.joiner, error)
 
-    def _send(self, link: Link, index: int) -> None:
-        messages = self._cuts.cut(index, self._gift.snapshot.chunk(index))
-        self._on_the_way.append([link.send(as_tensor(_joined(message)), BULK, STALL_S) for message in messages])
-        self._unvouched.append(index)
+    def _send(self, link: Link, request: WantChunk) -> None:
+        self._on_the_way.append(self._start(link, request))
+        self._unvouched.append(request.index)
         if len(self._on_the_way) > WINDOW:
             for message in self._on_the_way.popleft():
                 message.wait()
+
+    def _start(self, link: Link, request: WantChunk) -> list[Message]:
+        snapshot, index = self._gift.snapshot, request.index
+        if not request.by_device:
+            cuts = self._cuts.cut(index, snapshot.chunk(index))
+            return [link.send(as_tensor(_joined(cut.pieces)), BULK, STALL_S) for cut in cuts]
+        if self._staging is None:
+            raise RemoteProtocolError(f"{request}, and there is no device")
+        with self._staging.beside():
+            parts = self._cuts.cut(index, snapshot.parts(index), by_device=True)
+            return [link.send(_whole(cut.pieces), cut.lane, STALL_S) for cut in parts]
 
     def _vouch(self, link: Link) -> None:
         """Whatever was read when it was sent: this digest is that of the state as it was lent, or none is sent."""
@@ -184,6 +202,10 @@ class _Server:
 
 def _joined(pieces: list[memoryview]) -> memoryview | bytearray:
     return pieces[0] if len(pieces) == 1 else bytearray(b"".join(pieces))
+
+
+def _whole(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def _listen(link: Link, patience_s: float) -> tuple[Tensor, Message]:

@@ -6,14 +6,19 @@ import torch
 
 from everstep.recovery.layout import as_bytes, lay_out
 from everstep.recovery.manifest import Manifest, TensorNode, leaf_paths
+from everstep.recovery.staging import Staging
 
 RegionKey = tuple[tuple[str, TensorNode], ...]
 
 
 class Landing:
-    """Buffers by size; those that were prepared are touched already. One thread at a time."""
+    """Buffers by size; those that were prepared are touched already. One thread at a time.
+
+    In host memory; what it has on a device as well, if a transport that can fill memory there sets `staging`.
+    """
 
     def __init__(self) -> None:
+        self.staging: Staging | None = None
         self._touched: dict[int, list[torch.Tensor]] = {}
 
     def prepare(self, own: Mapping[str, object]) -> None:
@@ -22,7 +27,7 @@ class Landing:
             self.give_back(torch.empty(size, dtype=torch.uint8).zero_())
 
     def regions(self, manifest: Manifest) -> list[torch.Tensor]:
-        """A uint8 buffer for each of its regions."""
+        """A uint8 buffer for each of its regions; on a device, too, if there is a `staging`."""
         return [self.take(size) for size in manifest.region_bytes]
 
     def take(self, size: int) -> torch.Tensor:
@@ -49,17 +54,23 @@ class InPlace(Landing):
     def regions(self, manifest: Manifest) -> list[torch.Tensor]:
         layout = lay_out(self._own)
         mine = dict(zip(_keys_of(layout.manifest), layout.sources, strict=True))
+        on_device = set(manifest.on_device) if self.staging is not None else set()
         return [
-            self._region(mine.get(key), size)
-            for key, size in zip(_keys_of(manifest), manifest.region_bytes, strict=True)
+            self._region(mine.get(key), size, may_be_on_device=region in on_device)
+            for region, (key, size) in enumerate(zip(_keys_of(manifest), manifest.region_bytes, strict=True))
         ]
 
-    def _region(self, own: torch.Tensor | bytes | None, size: int) -> torch.Tensor:
-        is_fit = isinstance(own, torch.Tensor) and own.device.type == "cpu" and own.is_contiguous()
+    def _region(self, own: torch.Tensor | bytes | None, size: int, *, may_be_on_device: bool) -> torch.Tensor:
+        staging = self.staging
+        if own is None and size and may_be_on_device and staging is not None:
+            return staging.empty(size)
+        is_fit = isinstance(own, torch.Tensor) and (
+            own.device.type == "cpu" or (staging is not None and staging.holds(own))
+        )
         if not is_fit or size == 0:
             return self.take(size)
         assert isinstance(own, torch.Tensor)
-        return as_bytes(own) if own.nbytes == size else self.take(size)
+        return as_bytes(own) if own.nbytes == size and own.is_contiguous() else self.take(size)
 
     def give_back(self, buffer: torch.Tensor) -> None:
         """It may be a tensor's of this member: nobody else's."""

@@ -117,14 +117,18 @@ class Sharded:
 MakeSharded = Callable[[ShardedNode, object], object]
 
 
-class Manifest(msgspec.Struct, frozen=True):
-    """The regions' sizes in the order of the payload, and the tree."""
+class Manifest(msgspec.Struct, frozen=True, omit_defaults=True):
+    """The regions' sizes in the order of the payload, and the tree.
+
+    `on_device`: regions that lie on the donor's accelerator; who does not know it reads the same manifest without.
+    """
 
     format: str
     version: int
     chunk_bytes: int
     region_bytes: tuple[int, ...]
     nodes: tuple[Node, ...]
+    on_device: tuple[int, ...] = ()
 
     @property
     def total_bytes(self) -> int:
@@ -278,6 +282,9 @@ def _check_nodes(manifest: Manifest) -> None:
         raise RemoteProtocolError("the tree is incomplete")
     if len(used) != len(manifest.region_bytes):
         raise RemoteProtocolError("a region that nothing lies in")
+    arrays = {node.region for node in manifest.nodes if isinstance(node, ArrayNode)}
+    if not set(manifest.on_device) <= used - arrays:
+        raise RemoteProtocolError("a region on a device that holds no tensor")
 
 
 def _check_container(node: Container, count_max: int) -> None:

@@ -4,6 +4,8 @@ import math
 import threading
 from collections.abc import Callable, Sequence
 
+import torch
+
 from everstep.errors import LocalProtocolError, RecoveryFailed, StepInterrupted
 from everstep.recovery.arrival import Arrival
 from everstep.recovery.auth import TransferAuth
@@ -14,10 +16,12 @@ from everstep.recovery.peers import Peers
 from everstep.recovery.report import FetchReport
 from everstep.recovery.request import FetchRequest
 from everstep.recovery.snapshot import Snapshot
+from everstep.recovery.staging import Staging
 from everstep.recovery.taking import DonorConnection, Taken
 from everstep.recovery.transport import Place, Transfer
 
 SETTLE_S = 30.0  # it takes milliseconds, and a third of a second where Gloo does not close a connection
+DEVICE_BYTES_MIN = 64 << 20  # building lane DEVICE takes some tenths of a second
 _JOIN_S = 5.0
 
 MakePeers = Callable[[Place, Transfer, int], Peers]
@@ -31,10 +35,19 @@ class GroupTransport:
 
     name = "process_group"
 
-    def __init__(self, make_peers: MakePeers, check_place: Callable[[Place], None]) -> None:
-        """`check_place` raises ConfigError where groups may not be opened."""
+    def __init__(
+        self,
+        make_peers: MakePeers,
+        check_place: Callable[[Place], None],
+        *,
+        stage: Callable[[torch.device], Staging] = Staging,
+        device_bytes_min: int = DEVICE_BYTES_MIN,
+    ) -> None:
+        """`check_place` raises ConfigError where groups may not be opened; `stage` is for a joiner's device."""
         self._make_peers = make_peers
         self._check_place = check_place
+        self._stage = stage
+        self.device_bytes_min = device_bytes_min
         self._place: Place | None = None
         self._givings: list[Giving] = []
         self._closing: list[threading.Thread] = []
@@ -69,6 +82,8 @@ class GroupTransport:
     def fetch(self, transfer: Transfer, arrival: Arrival) -> "GroupFetch":
         assert self._place is not None
         peers = self._make_peers(self._place, transfer, 0)
+        if peers.device is not None:
+            arrival.landing.staging = self._stage(peers.device)
         return GroupFetch(peers, transfer, arrival, self)
 
     @property
@@ -98,6 +113,7 @@ class GroupFetch:
         self._peers = peers
         self._transport = transport
         self._members = tuple(peer.name for peer in (transfer.joiner, *transfer.donors))
+        self._staging = arrival.landing.staging
         self._is_aborted = False
         _, first, *others = self._members
         self._request = FetchRequest(
@@ -149,5 +165,7 @@ class GroupFetch:
             auth=self._request.auth,
             limits=self._request.limits,
             stall_s=self._request.stall_timeout_s,
+            staging=self._staging,
+            device_bytes_min=self._transport.device_bytes_min,
         )
         return DonorConnection(self._peers, taken, wanted)

@@ -8,10 +8,12 @@ anybody, and no torn chunk is ever taken for a sound one (the idea of a seqlock)
 
 import bisect
 import ctypes
+import dataclasses
 import secrets
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import accumulate
 
+import msgspec
 import torch
 import xxhash
 
@@ -31,8 +33,15 @@ class Snapshot:
     thread: digests are computed by who serves, once, and kept.
     """
 
-    def __init__(self, layout: Layout, blocks: Sequence[torch.Tensor], *, is_lent: bool = False) -> None:
-        """`blocks`: flat uint8 tensors, in host memory or on a GPU, that are the payload, one after another."""
+    def __init__(
+        self,
+        layout: Layout,
+        blocks: Sequence[torch.Tensor],
+        *,
+        is_lent: bool = False,
+        staging: Staging | None = None,
+    ) -> None:
+        """`blocks`: flat uint8 tensors that are the payload, one after another; `staging`: if any are on a device."""
         self.id = secrets.token_hex(8)  # one copy, told apart from any other of the same step
         self.is_revoked = False  # for ever so of a copy
         self._is_lent = is_lent
@@ -40,9 +49,8 @@ class Snapshot:
         self.manifest_bytes = encode(layout.manifest)
         self._blocks = [block for block in blocks if block.numel()]
         self._begins = list(accumulate((block.numel() for block in self._blocks), initial=0))
-        on_gpu = next((block.device for block in self._blocks if block.is_cuda), None)
-        self._staging = None if on_gpu is None else Staging(on_gpu)
-        self._memory = [memory_of(block) for block in self._blocks] if self._staging is None else []
+        self.staging = staging
+        self._memory = [memory_of(block) for block in self._blocks] if staging is None else []
         self._digests: list[bytes | None] = [None] * layout.manifest.chunk_count
 
     @classmethod
@@ -58,19 +66,28 @@ class Snapshot:
         return cls(layout, [payload])
 
     @classmethod
-    def lend(cls, state: Mapping[str, object], chunk_bytes: int = CHUNK_BYTES) -> "Snapshot":
+    def lend(
+        cls, state: Mapping[str, object], chunk_bytes: int = CHUNK_BYTES, staging: Staging | None = None
+    ) -> "Snapshot":
         """As `take`, without a copy of what lies in host memory in one piece: `revoke` before any of it changes.
 
         Costs the memory of what is copied all the same: tensors with gaps, numpy values. Of a GPU's tensors only the
-        chunks that are being served are in host memory.
+        chunks that are being served are in host memory. `staging` is of their device, by default of the first GPU's.
         """
         layout = _laid_out(state, chunk_bytes)
         sizes = layout.manifest.region_bytes
-        blocks = [as_bytes(source) for source, size in zip(layout.sources, sizes, strict=True) if size]
-        on_gpu = next((block.device for block in blocks if block.is_cuda), None)
-        # Of a second GPU, which a process that trains on one hardly has, everything is copied here and now.
-        in_reach = [block if block.device == on_gpu else block.cpu() for block in blocks]
-        return cls(layout, in_reach, is_lent=True)
+        blocks = {
+            n: as_bytes(source) for n, (source, size) in enumerate(zip(layout.sources, sizes, strict=True)) if size
+        }
+        on_gpu = next((block.device for block in blocks.values() if block.is_cuda), None)
+        if staging is None and on_gpu is not None:
+            staging = Staging(on_gpu)
+        if staging is not None:
+            there = tuple(n for n, block in blocks.items() if staging.holds(block))
+            layout = dataclasses.replace(layout, manifest=msgspec.structs.replace(layout.manifest, on_device=there))
+            # Of a second GPU, which a process that trains on one hardly has, everything is copied here and now.
+            blocks = {n: block if staging.holds(block) else block.cpu() for n, block in blocks.items()}
+        return cls(layout, [*blocks.values()], is_lent=True, staging=staging)
 
     def revoke(self) -> None:
         """From here on no chunk is vouched for. The owner's thread, before it changes what it lent."""
@@ -86,7 +103,7 @@ class Snapshot:
 
     @property
     def is_in_host_memory(self) -> bool:
-        return self._staging is None
+        return self.staging is None
 
     @property
     def addresses(self) -> list[tuple[int, int]]:
@@ -95,20 +112,24 @@ class Snapshot:
 
     def chunk(self, index: int) -> list[memoryview]:
         """Its bytes, in as many pieces as they lie in."""
+        if self.staging is None:
+            return [self._memory[at][low:high] for at, low, high in self._places(index)]
+        return [memory_of(self.staging.gather(self.parts(index)))]
+
+    def parts(self, index: int) -> list[torch.Tensor]:
+        """Its bytes as flat uint8 tensors, in as many as they lie in, wherever that is."""
+        return [self._blocks[at][low:high] for at, low, high in self._places(index)]
+
+    def _places(self, index: int) -> Iterator[tuple[int, int, int]]:
+        """Of a chunk: numbers of blocks, and from where to where in each."""
         begin, end = self.manifest.chunk_range(index)
         at = bisect.bisect_right(self._begins, begin) - 1
-        pieces = []
-        parts = []  # of a GPU's tensors
         while begin < end:
             low = begin - self._begins[at]
             high = min(self._begins[at + 1] - self._begins[at], low + end - begin)
-            if self._staging is None:
-                pieces.append(self._memory[at][low:high])
-            else:
-                parts.append(self._blocks[at][low:high])
+            yield at, low, high
             begin += high - low
             at += 1
-        return pieces if self._staging is None else [memory_of(self._staging.gather(parts))]
 
     def digest(self, index: int) -> bytes:
         """xxh3_64 of a chunk; not to be given away before a look at `is_revoked`."""

@@ -11,7 +11,7 @@ import select
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from urllib.parse import urlsplit
 
 import xxhash
@@ -36,6 +36,7 @@ from everstep.recovery.manifest import Manifest, decode
 from everstep.recovery.request import FetchRequest
 from everstep.recovery.same_host import PeerMemory
 from everstep.recovery.snapshot import DIGEST_BYTES, blocks_of
+from everstep.recovery.staging import Piece, in_host
 from everstep.recovery.wire import Wire
 
 _EARLY_ANSWERS_MAX = 8  # a source that says "not yet" without waiting would be asked in a busy loop
@@ -159,11 +160,11 @@ class SourceConnection:
         if answer.head.length(size) != size:
             raise RemoteProtocolError(f"an answer other than the {size} bytes of snapshot {snapshot_id}")
 
-    def receive(self, pieces: list[memoryview]) -> tuple[bytes, bytes]:
+    def receive(self, pieces: Sequence[Piece]) -> tuple[bytes, bytes]:
         """One chunk into its place; returns the digest that the source sent with it, and that of what arrived."""
         wire, deadline = self._opened(), self._request.deadline
         sent, computed = bytearray(DIGEST_BYTES), xxhash.xxh3_64()
-        *blocks, last = blocks_of(pieces)
+        *blocks, last = blocks_of(in_host(pieces))
         for block in blocks:
             wire.receive_into(block, deadline)
             for piece in block:

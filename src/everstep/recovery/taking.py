@@ -1,11 +1,13 @@
 """The joiner's side of a transfer over a process group: a connection to one donor, for a fetch (gathering.py)."""
 
+import logging
 import secrets
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from everstep.errors import ConfigError, PeerLost, RecoveryFailed, RemoteProtocolError, StepInterrupted
@@ -16,10 +18,12 @@ from everstep.recovery.conversation import (
     FRAME_BYTES,
     NONCE_BYTES,
     WINDOW,
+    Cut,
     Cuts,
     Handshake,
     Nonce,
     Offered,
+    OpenDevice,
     Proof,
     Refused,
     Said,
@@ -32,16 +36,23 @@ from everstep.recovery.conversation import (
 )
 from everstep.recovery.giving import CHUNKS, DIGESTS
 from everstep.recovery.manifest import Limits, Manifest, decode
-from everstep.recovery.peers import BULK, TALK, Link, Message, Peers
+from everstep.recovery.peers import BULK, DEVICE, TALK, Link, Message, Peers
 from everstep.recovery.same_host import PeerMemory
-from everstep.recovery.snapshot import DIGEST_BYTES, digest_of
+from everstep.recovery.snapshot import DIGEST_BYTES, digest_of, memory_of
+from everstep.recovery.staging import Piece, Staging, in_host
+
+logger = logging.getLogger("everstep.recovery")
 
 SNAPSHOT_ID_CHARS_MAX = 32
 
 
 @dataclass(frozen=True, kw_only=True)
 class Taken:
-    """From whom: `donor` is its number among the group's `members`. `stall_s`: a silence that is too long."""
+    """From whom: `donor` is its number among the group's `members`. `stall_s`: a silence that is too long.
+
+    `staging`: of the device where the state lands, if the group has lane DEVICE to offer; it is built for a state that
+    has `device_bytes_min` there.
+    """
 
     members: tuple[str, ...]
     donor: int
@@ -49,6 +60,8 @@ class Taken:
     auth: TransferAuth | None
     limits: Limits
     stall_s: float
+    staging: Staging | None
+    device_bytes_min: int
 
 
 @dataclass
@@ -56,9 +69,10 @@ class _Coming:
     """A chunk that is being received: messages that land in their place, and those to be spread from a buffer."""
 
     messages: list[Message]
-    spreads: list[tuple[bytearray, list[memoryview]]]
+    spreads: list[tuple[bytearray | Tensor, list[Piece]]]
     digest: bytearray
     digest_message: Message
+    by_device: bool
 
 
 class DonorConnection:
@@ -71,15 +85,19 @@ class DonorConnection:
         self._wanted = wanted
         self._link: Link | None = None
         self._is_shut = False
+        self._device = ""  # the donor's
         self._cuts: Cuts | None = None
+        self._is_by_device: bool | None = None  # what came last
+        self._has_device_erred = False
         self._todo: deque[int] = deque()
         self._coming: deque[_Coming] = deque()
+        self._is_posting = False  # what will come next, and is not there yet
 
     def shut(self) -> None:
         self._is_shut = True
 
     def close(self) -> None:
-        if self._coming:  # whatever else is to land there must not meet what is on its way
+        if self._coming or self._is_posting:  # whatever else is to land there must not meet what is on its way
             self._peers.abort()
 
     def list_fds(self) -> list[int]:
@@ -113,6 +131,7 @@ class DonorConnection:
             raise RemoteProtocolError(
                 f"manifest of {offered.size} bytes; at most {taken.limits.manifest_bytes} are accepted"
             )
+        self._device = offered.device
         content = bytearray(offered.size)
         coming = self._receive(as_tensor(content), BULK)
         if not isinstance(self._hear(), Sent):
@@ -130,11 +149,12 @@ class DonorConnection:
     def ask_for_chunks(self, manifest: Manifest, snapshot_id: str, chunks: range) -> None:  # noqa: ARG002 - it has one
         if self._cuts is None:
             self._cuts = Cuts(manifest)
+            self._open_device(manifest)
         self._todo.extend(chunks)
         while self._todo and len(self._coming) < WINDOW:
             self._ask_for_next()
 
-    def receive(self, pieces: list[memoryview]) -> tuple[bytes, bytes]:
+    def receive(self, pieces: Sequence[Piece]) -> tuple[bytes, bytes]:
         """Others are on their way while this one is verified."""
         coming = self._coming[0]
         self._wait(coming.digest_message)
@@ -144,11 +164,10 @@ class DonorConnection:
         if self._todo:
             self._ask_for_next()
         for buffer, spread in coming.spreads:
-            begin = 0
-            for piece in spread:
-                piece[:] = buffer[begin : begin + len(piece)]
-                begin += len(piece)
-        return bytes(coming.digest), digest_of(pieces)
+            self._spread(buffer, spread)
+        sent, computed = bytes(coming.digest), self._digest_of(pieces)
+        self._has_device_erred |= coming.by_device and sent != computed
+        return sent, computed
 
     def ask_for_digests(self, snapshot_id: str, chunks: range) -> None:  # noqa: ARG002 - it has one
         self._say(WantDigests(chunks.start, chunks.stop))
@@ -161,20 +180,71 @@ class DonorConnection:
             yield [bytes(some[at : at + DIGEST_BYTES]) for at in range(0, len(some), DIGEST_BYTES)]
             left -= len(some) // DIGEST_BYTES
 
+    def _open_device(self, manifest: Manifest) -> None:
+        """Until it is there everything comes by way of the host's memory, and if it cannot be, it goes on like that."""
+        taken, peers = self._taken, self._peers
+        size = sum(manifest.region_bytes[region] for region in manifest.on_device)
+        if taken.staging is None or not self._device or not size or size < taken.device_bytes_min:
+            return
+        if self._device == peers.device_name:
+            logger.info("recovery: %s has the same device: tensors come by way of the host's memory", self.url)
+            return
+        self._say(OpenDevice())
+        peers.open_device(taken.donor)
+
     def _ask_for_next(self) -> None:
         chunk = self._todo.popleft()
         assert self._cuts is not None
-        self._say(WantChunk(chunk))
-        messages, spreads = [], []
-        for pieces in self._cuts.cut(chunk, self._wanted.pieces_of(chunk)):
-            if len(pieces) == 1:
-                messages.append(self._receive(as_tensor(pieces[0]), BULK))
-            else:
-                buffer = bytearray(sum(map(len, pieces)))
-                messages.append(self._receive(as_tensor(buffer), BULK))
-                spreads.append((buffer, pieces))
+        assert self._link is not None
+        by_device = self._link.has_device and not self._has_device_erred
+        if by_device is not self._is_by_device and self._device:
+            what = "from its device to this one's" if by_device else "by way of the host's memory"
+            logger.info("recovery: %s sends %s", self.url, what)
+        self._is_by_device = by_device
+        self._is_posting = True
+        messages: list[Message] = []
+        spreads: list[tuple[bytearray | Tensor, list[Piece]]] = []
+        for cut in self._cuts.cut(chunk, self._wanted.pieces_of(chunk), by_device=by_device):
+            place, buffer = self._place(cut)
+            if buffer is not None:
+                spreads.append((buffer, cut.pieces))
+            messages.append(self._receive(place, cut.lane))
         digest = bytearray(DIGEST_BYTES)  # follows them
-        self._coming.append(_Coming(messages, spreads, digest, self._receive(as_tensor(digest), TALK)))
+        self._coming.append(_Coming(messages, spreads, digest, self._receive(as_tensor(digest), TALK), by_device))
+        # Only now: what a donor's device sends is expected by ours, so that it holds up nothing else there.
+        self._say(WantChunk(chunk, by_device))
+        self._is_posting = False
+
+    def _place(self, cut: Cut[Piece]) -> tuple[Tensor, bytearray | Tensor | None]:
+        """Where a message arrives, and the buffer that this is if it cannot be where it belongs."""
+        staging, (first, *others) = self._taken.staging, cut.pieces
+        if not others and isinstance(first, Tensor) == (cut.lane == DEVICE):
+            return _as_tensor(first), None
+        size = sum(map(len, cut.pieces))
+        if cut.lane == BULK:
+            memory = bytearray(size)
+            return as_tensor(memory), memory
+        assert staging is not None
+        with staging.beside():
+            buffer = torch.empty(size, dtype=torch.uint8, device=staging.device)
+        return buffer, buffer
+
+    def _spread(self, buffer: bytearray | Tensor, pieces: list[Piece]) -> None:
+        if isinstance(buffer, Tensor) or any(isinstance(piece, Tensor) for piece in pieces):
+            assert self._taken.staging is not None
+            parts = torch.split(_as_tensor(buffer), [len(piece) for piece in pieces])
+            self._taken.staging.copy(parts, [_as_tensor(piece) for piece in pieces])
+            return
+        begin = 0
+        for piece in in_host(pieces):
+            piece[:] = buffer[begin : begin + len(piece)]
+            begin += len(piece)
+
+    def _digest_of(self, pieces: Sequence[Piece]) -> bytes:
+        if not any(isinstance(piece, Tensor) for piece in pieces):
+            return digest_of(in_host(pieces))
+        assert self._taken.staging is not None
+        return digest_of([memory_of(self._taken.staging.gather([_as_tensor(piece) for piece in pieces]))])
 
     def _say(self, said: Said) -> None:
         with self._lost():
@@ -189,7 +259,11 @@ class DonorConnection:
     def _receive(self, tensor: Tensor, lane: int) -> Message:
         with self._lost():
             assert self._link is not None
-            return self._link.receive(tensor, lane, self._taken.stall_s)
+            if lane != DEVICE:
+                return self._link.receive(tensor, lane, self._taken.stall_s)
+            assert self._taken.staging is not None
+            with self._taken.staging.beside():
+                return self._link.receive(tensor, lane, self._taken.stall_s)
 
     def _wait(self, message: Message) -> None:
         with self._lost():
@@ -205,3 +279,7 @@ class DonorConnection:
             members = self._taken.members
             who = members[number] if number is not None and number < len(members) else self.url
             raise RecoveryFailed(f"the connection to {who} is lost: {error}") from error
+
+
+def _as_tensor(piece: Piece | bytearray) -> Tensor:
+    return piece if isinstance(piece, Tensor) else as_tensor(piece)
