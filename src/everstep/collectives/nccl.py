@@ -29,6 +29,7 @@ from everstep.errors import ConfigError
 # For more, torch (2.13) has several members make an id each; nccl_group.py passes on one.
 MEMBERS_MAX = 128
 _NEEDED = {"TORCH_NCCL_ASYNC_ERROR_HANDLING": "0", "TORCH_NCCL_ENABLE_MONITORING": "0"}
+_REGISTERS = "TORCH_NCCL_USE_TENSOR_REGISTER_ALLOCATOR_HOOK"
 _REFUSED = {
     "TORCH_NCCL_DESYNC_DEBUG": ("1", "true", "t", "y", "yes"),
     "TORCH_DISTRIBUTED_DEBUG": ("detail",),
@@ -115,6 +116,11 @@ def check_nccl(device: torch.device, environ: Mapping[str, str]) -> None:
         what = "no GPU can be used here" if device.type == "cuda" else f"{device} is no GPU"
         raise ConfigError(f"nccl was asked for, but {what}: check nvidia-smi and CUDA_VISIBLE_DEVICES, or use gloo")
     check_environment(environ)
+
+
+def allows_late_writes(environ: Mapping[str, str]) -> bool:
+    """Whether a peer may write into a tensor here when this member has aborted: NCCL is told where tensors lie."""
+    return environ.get(_REGISTERS, "0").lower() not in ("0", "f", "false", "n", "no")
 
 
 def check_environment(environ: Mapping[str, str]) -> None:

@@ -218,7 +218,7 @@ class NcclGroup(GroupFate[NcclWork]):
         deadline = time.monotonic() + me.timeout_s
         with _own_stream(device):
             present = torch.ones(1, dtype=torch.int32, device=device)
-            work = raw.allreduce([present], _OPTIONS[ReduceOp.SUM])
+            work = self._greeting(raw, present)
             for pause_s in pauses():
                 self._raise_if_severed()
                 if work.is_completed():
@@ -228,6 +228,13 @@ class NcclGroup(GroupFate[NcclWork]):
                 self.changed.wait(pause_s)
             work.wait()
             count = int(present.item())
+        self._check_greeted(count)
+
+    def _greeting(self, raw: torch_private.TorchNccl, present: Tensor) -> torch_private.TorchWork:
+        return raw.allreduce([present], _OPTIONS[ReduceOp.SUM])
+
+    def _check_greeted(self, count: int) -> None:
+        me = self.membership
         if count != me.size:
             raise PeerLost(f"quorum {me.quorum_id}: NCCL counted {count} members instead of {me.size}")
 

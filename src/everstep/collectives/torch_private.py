@@ -9,6 +9,7 @@
 - `Store`, subclassed: Gloo asks it for where the other ranks listen. torch's own TCPStore looks names up in the DNS
   (see store.py); ours answers from a meeting of the members.
 - `ProcessGroupNCCL`, its `Options` with `config` and `_timeout`, `eager_connect_single_device`, `abort`: as for Gloo.
+  Connected eagerly, its `send` and `recv` use the group's own communicator and stream, and no tags.
   The key "0", under which rank 0 leaves the first communicator's id in its store and the other ranks look for it.
 - `distributed_c10d._get_default_store`: the only way to the store that the script's `init_process_group` has made.
 - `Variable._execution_engine.queue_callback`: the only way to run code when `backward()` has computed everything but
@@ -171,11 +172,11 @@ class TorchNccl(Protocol):
 _NCCL_ID_KEY = "0"
 
 
-def new_nccl(rank: int, size: int, timeout_s: float) -> tuple[TorchNccl, Store]:
+def new_nccl(rank: int, size: int, timeout_s: float, blocks_max: int | None = None) -> tuple[TorchNccl, Store]:
     """A group that is connected to nobody yet, and the store that it alone uses.
 
     `eager_connect_single_device` makes the id on rank 0 (see `nccl_id_in`), and needs it there on the others
-    (`put_nccl_id`).
+    (`put_nccl_id`). `blocks_max`: how many of the GPU's thread blocks an operation may occupy.
 
     Torch's HashStore, without a socket and without Python: torch's own threads come back to the store, at the end of
     the interpreter, too.
@@ -183,6 +184,8 @@ def new_nccl(rank: int, size: int, timeout_s: float) -> tuple[TorchNccl, Store]:
     options = _c10d.ProcessGroupNCCL.Options()
     # Connecting returns at once, and can be aborted. A blocking one waits in NCCL for every peer, alive or not.
     options.config.blocking = 0
+    if blocks_max is not None:
+        options.config.max_ctas = blocks_max
     # Ours ends first (nccl_work.py); torch's would find fault with operations, and leave aborting to others.
     options._timeout = timedelta(seconds=2 * timeout_s)
     store = _c10d.HashStore()
@@ -202,12 +205,12 @@ def gather_into(group: TorchGloo | TorchNccl, output: Tensor, tensor: Tensor) ->
     return group._allgather_base(output, tensor.unsqueeze(0))
 
 
-def send_to(group: TorchGloo, tensor: Tensor, rank: int, tag: int) -> TorchWork:
-    """Starts at once. Its `wait` blocks; where that times out, every connection of the group is closed."""
+def send_to(group: TorchGloo | TorchNccl, tensor: Tensor, rank: int, tag: int) -> TorchWork:
+    """Starts at once. Its `wait` blocks; where that times out, every connection of a Gloo group is closed."""
     return cast(_TorchPeers, group).send([tensor], rank, tag)
 
 
-def receive_from(group: TorchGloo, tensor: Tensor, rank: int, tag: int) -> TorchWork:
+def receive_from(group: TorchGloo | TorchNccl, tensor: Tensor, rank: int, tag: int) -> TorchWork:
     """As `send_to`. A message of another size than the tensor breaks the group."""
     return cast(_TorchPeers, group).recv([tensor], rank, tag)
 

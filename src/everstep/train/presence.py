@@ -58,7 +58,7 @@ from everstep.recovery import Fetching, Place, TransferAuth
 from everstep.train.claims import RankClaim
 from everstep.train.phases import Phases
 from everstep.train.steps_file import StepsFile
-from everstep.train.transports import check_address, transport_for
+from everstep.train.transports import check_address, peers_for, transport_for
 
 EXIT_STUCK_S = 3.0  # it may stand still because nobody reads its stderr
 
@@ -77,7 +77,8 @@ class Presence:
         self.auth = TransferAuth(settings.token) if settings.token is not None else None
         self.changed = threading.Condition(threading.RLock())
         self.group: ReconfigurableProcessGroup = GlooProcessGroup()
-        self.transport = transport_for(settings.recovery_transport)
+        make_peers = peers_for(settings.backend, settings.nccl_environment)
+        self.transport = transport_for(settings.recovery_transport, make_peers)
         self._replica: Replica | Follower | None = None
         self._driver: Driver[Any] | None = None
         self._client: LinkClient[ToMember] | None = None

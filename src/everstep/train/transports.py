@@ -1,15 +1,21 @@
 """Which recovery transport a Manager uses, and who gives what to whom in the terms of transports."""
 
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+import torch
+
 from everstep.collectives.gloo_peers import GlooPeers, PeerPlace
+from everstep.collectives.nccl import allows_late_writes
+from everstep.collectives.nccl_peers import DevicePlace, NcclPeers
 from everstep.collectives.process_group import Membership
 from everstep.config import is_loopback
 from everstep.core.recovery_plan import RecoveryPlan
 from everstep.core.types import Lineage, Quorum
 from everstep.errors import ConfigError
 from everstep.recovery import GroupTransport, HttpTransport, Meeting, Peer, Place, RecoveryTransport, Transfer
+from everstep.recovery.over_group import MakePeers
 from everstep.train.claims import RankClaim
 
 NAME_CHARS_MAX = 64
@@ -18,8 +24,12 @@ ADDRESS_CHARS_MAX = 200
 
 def over_gloo(place: Place, transfer: Transfer, number: int) -> GlooPeers:
     """`number`: this member's among the joiner, which is 0, and its donors."""
+    return GlooPeers(PeerPlace(membership=membership_of(place, transfer, number), bind_host=place.host))
+
+
+def membership_of(place: Place, transfer: Transfer, number: int) -> Membership:
     meeting = transfer.meeting
-    membership = Membership(
+    return Membership(
         quorum_id=meeting.quorum_id,
         rank=number,
         size=1 + len(transfer.donors),
@@ -27,7 +37,23 @@ def over_gloo(place: Place, transfer: Transfer, number: int) -> GlooPeers:
         timeout_s=place.timeout_s,
         prefix=meeting.prefix,
     )
-    return GlooPeers(PeerPlace(membership=membership, bind_host=place.host))
+
+
+class OverNccl:
+    """As `over_gloo`, and between GPUs as well: the current one of the thread that makes a group."""
+
+    def __init__(self) -> None:
+        self._has_failed = threading.Event()  # at this member as a joiner
+
+    def __call__(self, place: Place, transfer: Transfer, number: int) -> NcclPeers:
+        device = torch.device("cuda", torch.cuda.current_device())
+        there = DevicePlace(
+            membership=membership_of(place, transfer, number),
+            device=device,
+            name=str(torch.cuda.get_device_properties(device).uuid),
+            has_failed=self._has_failed if number == 0 else threading.Event(),
+        )
+        return NcclPeers(over_gloo(place, transfer, number), there)
 
 
 def check_place(place: Place) -> None:
@@ -38,13 +64,17 @@ def check_place(place: Place) -> None:
         )
 
 
-_OURS: dict[str, Callable[[], RecoveryTransport]] = {
-    "http": HttpTransport,
-    "process_group": lambda: GroupTransport(over_gloo, check_place),
+_OURS: dict[str, Callable[[MakePeers], RecoveryTransport]] = {
+    "http": lambda _: HttpTransport(),
+    "process_group": lambda make_peers: GroupTransport(make_peers, check_place),
 }
 
 
-def transport_for(choice: object) -> RecoveryTransport:
+def peers_for(backend: str, nccl_environment: Mapping[str, str]) -> MakePeers:
+    return OverNccl() if backend == "nccl" and not allows_late_writes(nccl_environment) else over_gloo
+
+
+def transport_for(choice: object, make_peers: MakePeers = over_gloo) -> RecoveryTransport:
     """The value of `Manager(recovery_transport=...)`: a name of ours, or an object that is one."""
     if isinstance(choice, str):
         if choice not in _OURS:
@@ -52,7 +82,7 @@ def transport_for(choice: object) -> RecoveryTransport:
                 f"recovery_transport={choice!r} is unknown; use {' or '.join(map(repr, _OURS))}, or an object of your "
                 "own (docs/recovery.md)"
             )
-        return _OURS[choice]()
+        return _OURS[choice](make_peers)
     if not isinstance(choice, RecoveryTransport):
         raise ConfigError(
             f"recovery_transport={choice!r} is no transport: it needs name, open, offer, withdraw, fetch and close "
