@@ -110,6 +110,9 @@ class StandIn:
         self._issued.append((work, tensor))
         return work
 
+    def broadcast(self, tensors: list[torch.Tensor], opts: object) -> StandInWork:
+        raise NotImplementedError
+
     def _allgather_base(self, output: torch.Tensor, source: torch.Tensor) -> StandInWork:
         output.zero_()
         output[self.rank].copy_(source[0])

@@ -96,11 +96,11 @@ class PlayedNccl:
             self.store.set("0", str(self._listener.getsockname()[1]))
         self._thread.start()
 
-    def send(self, tensors: list[torch.Tensor], rank: int, tag: int) -> PlayedWork:
-        return self._post(tensors, rank, is_send=True)
-
-    def recv(self, tensors: list[torch.Tensor], rank: int, tag: int) -> PlayedWork:
-        return self._post(tensors, rank, is_send=False)
+    def broadcast(self, tensors: list[torch.Tensor], opts: Any) -> PlayedWork:
+        (tensor,) = tensors
+        work = PlayedWork(tensor, is_send=opts.rootRank == self._rank)
+        self._posted.put(work)
+        return work
 
     def abort(self) -> None:
         self.is_aborting.set()
@@ -121,13 +121,6 @@ class PlayedNccl:
     def _allgather_base(self, output: torch.Tensor, source: torch.Tensor) -> PlayedWork:
         raise NotImplementedError
 
-    def _post(self, tensors: list[torch.Tensor], rank: int, *, is_send: bool) -> PlayedWork:
-        (tensor,) = tensors
-        assert rank == 1 - self._rank
-        work = PlayedWork(tensor, is_send=is_send)
-        self._posted.put(work)
-        return work
-
     def _run(self) -> None:
         lost = ""
         while (work := self._posted.get()) is not None:
@@ -138,6 +131,7 @@ class PlayedNccl:
                 self._perform(work)
             except OSError as error:
                 lost = lost or str(error)
+                assert self._theatre.aborts_end.wait(_WAIT_S)
                 if not work.is_send:
                     work.tensor.fill_(RUBBISH)
                 work.error = None if self.is_aborting.is_set() else f"NCCL error: remote process exited: {lost}"

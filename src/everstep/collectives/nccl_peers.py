@@ -37,7 +37,7 @@ _JOIN_S = 1.0
 _log = logging.getLogger(__name__)
 _make = functools.partial(torch_private.new_nccl, blocks_max=BLOCKS_MAX)
 
-Start = Callable[[torch_private.TorchNccl, Tensor, int, int], torch_private.TorchWork]
+_FROM_DONOR = torch_private.broadcast_options(1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +55,10 @@ class DevicePlace:
 
 
 class NcclPair(NcclGroup):
-    """A communicator of two: the joiner is 0. `peer` is the other one's rank among all."""
+    """A communicator of two, the joiner is 0; `peer` is the other one's rank among all.
+
+    What is sent is broadcast: between two that is the same, and it needs nothing but the communicator (torch_private).
+    """
 
     def __init__(self, membership: Membership, place: NcclPlace, peer: int) -> None:
         super().__init__(membership, place)
@@ -66,19 +69,17 @@ class NcclPair(NcclGroup):
             self._failure = PeerLost(" ".join(error.split())[:500], self.peer)
         return self.failure()
 
-    def exchange(self, start: Start, tensor: Tensor) -> NcclWork:
-        """Send or receive, after what is queued on the current stream."""
+    def exchange(self, tensor: Tensor) -> NcclWork:
+        """The donor sends it, the joiner receives into it, after what is queued on the current stream."""
         nccl = cast(torch_private.TorchNccl, self._in_use())
         try:
-            return self._note(NcclWork(self, start(nccl, tensor, 1 - self.membership.rank, 0)))
+            return self._note(NcclWork(self, nccl.broadcast([tensor], _FROM_DONOR)))
         except RuntimeError as error:  # torch.distributed.DistError, mostly
             raise self.lost_by(str(error)) from None
 
     def _greeting(self, raw: torch_private.TorchNccl, present: Tensor) -> torch_private.TorchWork:
-        """The way that all else takes: what a collective connects is of no use to it."""
-        if self.membership.rank == 0:
-            return torch_private.receive_from(raw, present.zero_(), 1, 0)
-        return torch_private.send_to(raw, present, 0, 0)
+        """The way that all else takes: NCCL connects for each when it is first used."""
+        return raw.broadcast([present if self.membership.rank else present.zero_()], _FROM_DONOR)
 
     def _check_greeted(self, count: int) -> None:
         if count != 1:
@@ -125,7 +126,7 @@ class DeviceMessage:
 
 
 class DeviceLink:
-    """A Gloo group's link with lane DEVICE; one of a peer's links may use it, whatever their numbers."""
+    """A Gloo group's link with lane DEVICE, on which donors send; one of a peer's links may use it, no matter which."""
 
     def __init__(self, peers: "NcclPeers", gloo: PeerLink, peer: int) -> None:
         self._peers = peers
@@ -140,14 +141,14 @@ class DeviceLink:
     def send(self, tensor: Tensor, lane: int, patience_s: float) -> PeerMessage | DeviceMessage:
         if lane != DEVICE:
             return self._gloo.send(tensor, lane, patience_s)
-        return self._exchange(torch_private.send_to, tensor, patience_s)
+        return self._exchange(tensor, patience_s)
 
     def receive(self, tensor: Tensor, lane: int, patience_s: float) -> PeerMessage | DeviceMessage:
         if lane != DEVICE:
             return self._gloo.receive(tensor, lane, patience_s)
-        return self._exchange(torch_private.receive_from, tensor, patience_s)
+        return self._exchange(tensor, patience_s)
 
-    def _exchange(self, start: Start, tensor: Tensor, patience_s: float) -> DeviceMessage:
+    def _exchange(self, tensor: Tensor, patience_s: float) -> DeviceMessage:
         pair = self._peers.pairs.get(self._peer)
         if pair is None:
             raise PeerLost(f"there is no communicator with rank {self._peer}", self._peer)
@@ -157,7 +158,7 @@ class DeviceLink:
         if not pair.is_usable:
             raise PeerLost(f"no communicator with rank {self._peer}: {pair.failure()}", self._peer)
         try:
-            work = pair.exchange(start, tensor)
+            work = pair.exchange(tensor)
         except StepInterrupted as error:
             self._peers.give_up(pair, error)
             raise

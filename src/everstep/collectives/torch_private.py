@@ -9,7 +9,8 @@
 - `Store`, subclassed: Gloo asks it for where the other ranks listen. torch's own TCPStore looks names up in the DNS
   (see store.py); ours answers from a meeting of the members.
 - `ProcessGroupNCCL`, its `Options` with `config` and `_timeout`, `eager_connect_single_device`, `abort`: as for Gloo.
-  Connected eagerly, its `send` and `recv` use the group's own communicator and stream, and no tags.
+  `BroadcastOptions` and `broadcast([tensor], options)`: between two members a send. Its own `send`, until some release
+  after 2.7, made another communicator for each pair, by way of the group's store, which here is not shared.
   The key "0", under which rank 0 leaves the first communicator's id in its store and the other ranks look for it.
 - `distributed_c10d._get_default_store`: the only way to the store that the script's `init_process_group` has made.
 - `Variable._execution_engine.queue_callback`: the only way to run code when `backward()` has computed everything but
@@ -45,6 +46,7 @@ __all__ = [
     "TorchNccl",
     "TorchWork",
     "allreduce_options",
+    "broadcast_options",
     "connect_gloo",
     "default_store",
     "free_at_last",
@@ -164,6 +166,8 @@ class TorchNccl(Protocol):
 
     def _allgather_base(self, output: Tensor, source: Tensor) -> TorchWork: ...
 
+    def broadcast(self, tensors: list[Tensor], opts: object) -> TorchWork: ...
+
     def eager_connect_single_device(self, device: torch.device) -> None: ...
 
     def abort(self) -> None: ...
@@ -205,12 +209,12 @@ def gather_into(group: TorchGloo | TorchNccl, output: Tensor, tensor: Tensor) ->
     return group._allgather_base(output, tensor.unsqueeze(0))
 
 
-def send_to(group: TorchGloo | TorchNccl, tensor: Tensor, rank: int, tag: int) -> TorchWork:
-    """Starts at once. Its `wait` blocks; where that times out, every connection of a Gloo group is closed."""
+def send_to(group: TorchGloo, tensor: Tensor, rank: int, tag: int) -> TorchWork:
+    """Starts at once. Its `wait` blocks; where that times out, every connection of the group is closed."""
     return cast(_TorchPeers, group).send([tensor], rank, tag)
 
 
-def receive_from(group: TorchGloo | TorchNccl, tensor: Tensor, rank: int, tag: int) -> TorchWork:
+def receive_from(group: TorchGloo, tensor: Tensor, rank: int, tag: int) -> TorchWork:
     """As `send_to`. A message of another size than the tensor breaks the group."""
     return cast(_TorchPeers, group).recv([tensor], rank, tag)
 
@@ -219,6 +223,13 @@ def allreduce_options(op: ReduceOp) -> object:
     """Made once and used for every call: building them costs more than issuing the operation."""
     options = _c10d.AllreduceOptions()
     options.reduceOp = _c10d.ReduceOp(_TORCH_REDUCE_OPS[op])
+    return options
+
+
+def broadcast_options(root: int) -> object:
+    """As `allreduce_options`."""
+    options = _c10d.BroadcastOptions()
+    options.rootRank = root
     return options
 
 
