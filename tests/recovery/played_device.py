@@ -196,6 +196,7 @@ class PlayedTransport(GroupTransport):
     def __init__(self, staging: Staging, theatre: Theatre, name: str, make: Any = None) -> None:
         super().__init__(self._peers, check_place, stage=lambda _: staging, device_bytes_min=1)
         self.made: list[NcclPeers] = []
+        self.reason_s = 0.05
         self._theatre = theatre
         self._name = name
         self._make = make or theatre.make
@@ -207,6 +208,7 @@ class PlayedTransport(GroupTransport):
             device=ON_CPU,
             name=self._name,
             has_failed=self._has_failed,
+            reason_s=self.reason_s,
             make=self._make,
         )
         self.made.append(NcclPeers(over_gloo(place, transfer, number), there))

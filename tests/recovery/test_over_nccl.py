@@ -245,6 +245,7 @@ def test_a_device_that_stands_still_is_found_out_by_the_joiners_patience_and_not
 def test_a_donor_killed_while_devices_exchange_fails_the_fetch_which_goes_well_with_the_other() -> None:
     layers, own, theatre = 64, state_of(2, 64), Theatre()
     joiner = PlayedTransport(device_of(own), theatre, "GPU 0")
+    joiner.reason_s = 2.0
     joiner.open(Place(host="127.0.0.1", timeout_s=20.0))
     with (
         host_store() as store,
@@ -269,6 +270,7 @@ def test_a_donor_killed_while_devices_exchange_fails_the_fetch_which_goes_well_w
         assert time.monotonic() - began_at < 10.0
         for tensor in own["model"].values():
             tensor.fill_(-1)
+        assert joiner.made[0].device is not None, "it takes a death for a fault of NCCL's"
         second.pipe.send("and another time")
         assert second.hear() == "offered"
         assert all(tensor.eq(-1).all() for tensor in own["model"].values())

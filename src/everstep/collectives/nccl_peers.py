@@ -9,6 +9,7 @@ finds out by its patience, and uses NCCL for this no more.
 As yet it has not run on a GPU: see nccl_group.py.
 """
 
+import contextlib
 import functools
 import logging
 import threading
@@ -44,13 +45,15 @@ _FROM_DONOR = torch_private.broadcast_options(1)
 class DevicePlace:
     """`membership` is the Gloo group's: 0 is the joiner. `name` tells `device` from every other one of the job.
 
-    `has_failed` is set when this joiner has found that NCCL does not work for it; from then on it has no device.
+    `has_failed` is set when this joiner has found that NCCL does not work for it; from then on it has no device. A peer
+    that has died, or withdrawn, ends both groups, and Gloo tells within `reason_s`: then it was not NCCL.
     """
 
     membership: Membership
     device: torch.device
     name: str
     has_failed: threading.Event = field(default_factory=threading.Event)
+    reason_s: float = 0.7
     make: Callable[[int, int, float], tuple[torch_private.TorchNccl, torch_private.Store]] = _make
 
 
@@ -210,11 +213,10 @@ class NcclPeers:
         self._gloo.check()
 
     def give_up(self, pair: NcclPair, error: StepInterrupted) -> None:
-        """NCCL does not do what it should, while the peer lives."""
-        if not self._is_aborted and not pair.is_severed:
-            self._say_failed(error)
+        """NCCL does not do what it should. Raises StepInterrupted, PeerLost if only because the group has ended."""
         pair.condemn(error)
         pair.cut()
+        self._blame(error)
 
     def abort(self) -> None:
         """Whatever waits raises StepInterrupted within milliseconds, and so does whatever comes. Does not block."""
@@ -245,10 +247,15 @@ class NcclPeers:
 
     def _build(self, pair: NcclPair) -> None:
         build_aside(pair)
-        if not pair.is_usable and not self._is_aborted:
-            self._say_failed(pair.failure())
+        if not pair.is_usable:
+            with contextlib.suppress(StepInterrupted):
+                self._blame(pair.failure())
 
-    def _say_failed(self, error: BaseException) -> None:
+    def _blame(self, error: BaseException) -> None:
+        deadline = time.monotonic() + self._place.reason_s
+        while time.monotonic() < deadline:
+            self.check()
+            time.sleep(_LOOK_S)
         if self._place.membership.rank == 0:  # a donor's joiners may be at fault, and there will be others
             self._place.has_failed.set()
         _log.warning("nccl is not used for live state, which goes by way of the host's memory: %s", error)
