@@ -82,12 +82,13 @@ class Snapshot:
         on_gpu = next((block.device for block in blocks.values() if block.is_cuda), None)
         if staging is None and on_gpu is not None:
             staging = Staging(on_gpu)
-        if staging is not None:
-            there = tuple(n for n, block in blocks.items() if staging.holds(block))
-            layout = dataclasses.replace(layout, manifest=msgspec.structs.replace(layout.manifest, on_device=there))
-            # Of a second GPU, which a process that trains on one hardly has, everything is copied here and now.
-            blocks = {n: block if staging.holds(block) else block.cpu() for n, block in blocks.items()}
-        return cls(layout, [*blocks.values()], is_lent=True, staging=staging)
+        there = frozenset(n for n, block in blocks.items() if staging is not None and staging.holds(block))
+        layout = dataclasses.replace(
+            layout, manifest=msgspec.structs.replace(layout.manifest, on_device=tuple(sorted(there)))
+        )
+        # Of a second GPU, which a process that trains on one hardly has, everything is copied here and now.
+        in_reach = [block if n in there else block.cpu() for n, block in blocks.items()]
+        return cls(layout, in_reach, is_lent=True, staging=staging)
 
     def revoke(self) -> None:
         """From here on no chunk is vouched for. The owner's thread, before it changes what it lent."""

@@ -151,8 +151,9 @@ class DonorConnection:
             self._cuts = Cuts(manifest)
             self._open_device(manifest)
         self._todo.extend(chunks)
-        while self._todo and len(self._coming) < WINDOW:
-            self._ask_for_next()
+        with self._lost():
+            while self._todo and len(self._coming) < WINDOW:
+                self._ask_for_next()
 
     def receive(self, pieces: Sequence[Piece]) -> tuple[bytes, bytes]:
         """Others are on their way while this one is verified."""
@@ -161,11 +162,12 @@ class DonorConnection:
         for message in coming.messages:
             self._wait(message)
         self._coming.popleft()
-        if self._todo:
-            self._ask_for_next()
-        for buffer, spread in coming.spreads:
-            self._spread(buffer, spread)
-        sent, computed = bytes(coming.digest), self._digest_of(pieces)
+        with self._lost():
+            if self._todo:
+                self._ask_for_next()
+            for buffer, spread in coming.spreads:
+                self._spread(buffer, spread)
+            sent, computed = bytes(coming.digest), self._digest_of(pieces)
         self._has_device_erred |= coming.by_device and sent != computed
         return sent, computed
 
@@ -271,7 +273,7 @@ class DonorConnection:
 
     @contextmanager
     def _lost(self) -> Iterator[None]:
-        """A group that has ended is no reason for the step to end: the fetch fails."""
+        """A group that has ended, or a device that does not obey, is no reason for the step to end: the fetch fails."""
         try:
             yield
         except StepInterrupted as error:
@@ -279,6 +281,8 @@ class DonorConnection:
             members = self._taken.members
             who = members[number] if number is not None and number < len(members) else self.url
             raise RecoveryFailed(f"the connection to {who} is lost: {error}") from error
+        except RuntimeError as error:  # torch's, of whatever a device did not do
+            raise RecoveryFailed(f"what {self.url} sends cannot be received: {error}") from error
 
 
 def _as_tensor(piece: Piece | bytearray) -> Tensor:
