@@ -120,12 +120,12 @@ def test_what_lies_on_devices_at_both_ends_travels_between_them_and_lands_in_pla
 
 
 def test_it_may_land_aside_in_host_memory() -> None:
-    state, own, theatre = state_of(1), state_of(2), Theatre()
+    state, own, theatre = state_of(1, 8), state_of(2, 8), Theatre()
     transports = [PlayedTransport(device_of(it), theatre, f"GPU {n}") for n, it in enumerate((own, state))]
     with party(*transports) as them:
         assert_same(them.begin([lent(state)], own, Landing(), on_progress=them.when_connected).run(), state)
     assert theatre.sent_bytes
-    assert_same(own, state_of(2))
+    assert_same(own, state_of(2, 8))
 
 
 def test_a_bit_flipped_on_the_way_is_counted_and_the_rest_goes_by_way_of_the_host() -> None:
