@@ -156,6 +156,14 @@ def test_a_state_that_does_not_fit_is_refused_whoever_offers_it() -> None:
         fetch_from([url for _, url in offered], expected={"model": {"w": torch.ones(5)}, "step": 1, "lr": 1.0}).run()
 
 
+def test_what_nobody_expects_on_a_thread_of_the_fetch_is_raised_where_it_is_waited_for() -> None:
+    def stumble(*_: int) -> None:
+        raise ZeroDivisionError
+
+    with donors(state_of()) as [(_, url)], pytest.raises(ZeroDivisionError):
+        Fetch(request_to(url), stumble).run()
+
+
 def test_an_abort_ends_all_of_it() -> None:
     before = {thread.name for thread in threading.enumerate()}
     with donors({}, {}) as offered:

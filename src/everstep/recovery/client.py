@@ -2,9 +2,16 @@
 
 import time
 
-from everstep.errors import StepInterrupted
+from everstep.errors import (
+    ConfigError,
+    EverstepError,
+    RecoveryFailed,
+    RemoteProtocolError,
+    StateMismatch,
+    StepInterrupted,
+)
 from everstep.fork_guard import guard
-from everstep.recovery.gathering import Gathering, logger, worst_of
+from everstep.recovery.gathering import Gathering, logger
 from everstep.recovery.landing import Landing
 from everstep.recovery.report import FetchReport
 from everstep.recovery.request import FetchRequest, Progress
@@ -57,7 +64,7 @@ class Fetch:
         if not is_complete or assembly is None:
             if assembly is not None:
                 assembly.discard()
-            raise worst_of(gathering.errors)
+            raise gathering.fault or _worst_of(gathering.errors)
         self._say_done(time.monotonic() - started_at)
         return assembly.tree()
 
@@ -85,3 +92,12 @@ class Fetch:
             report.retries,
             report.digest_errors,
         )
+
+
+def _worst_of(errors: list[EverstepError]) -> Exception:
+    """What to tell the caller, of why each source was lost."""
+    for kind in (StateMismatch, ConfigError, RemoteProtocolError):
+        for error in errors:
+            if isinstance(error, kind):
+                return error
+    return errors[0] if errors else RecoveryFailed("no source")

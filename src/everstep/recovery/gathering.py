@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from everstep.errors import ConfigError, EverstepError, RecoveryFailed, RemoteProtocolError, StateMismatch
+from everstep.errors import EverstepError, RecoveryFailed, RemoteProtocolError, StateMismatch
 from everstep.recovery.assembly import Assembly, plain_leaf
 from everstep.recovery.board import Board
 from everstep.recovery.connection import Connection, Wanted
@@ -47,6 +47,7 @@ class Gathering:
         self.changed = threading.Condition(threading.RLock())
         self.is_over = False
         self.errors: list[EverstepError] = []
+        self.fault: Exception | None = None  # what no thread of the fetch expects
         self.sources = [_Source(url) for url in request.urls]
         self.assembly: Assembly | None = None
         self._landing = landing
@@ -71,7 +72,7 @@ class Gathering:
     @property
     def has_failed(self) -> bool:
         """Nobody is left; once somebody had offered the state, those who have not are not waited for much longer."""
-        if any(isinstance(error, StateMismatch) for error in self.errors):
+        if self.fault is not None or any(isinstance(error, StateMismatch) for error in self.errors):
             return True
         left = [source for source in self.sources if not source.is_lost]
         if self._board is None or any(source.manifest is not None for source in left):
@@ -103,9 +104,17 @@ class Gathering:
         return [connection for connection in (*found, self._notary) if connection is not None]
 
     def _start(self, run: Callable[[], None], name: str) -> None:
-        thread = threading.Thread(target=run, name=name, daemon=True)
+        thread = threading.Thread(target=self._run, args=(run,), name=name, daemon=True)
         self._threads.append(thread)
         thread.start()
+
+    def _run(self, run: Callable[[], None]) -> None:
+        try:
+            run()
+        except Exception as error:  # boundary of a thread: raised by who waits for the fetch
+            with self.changed:
+                self.fault = self.fault or error
+                self.shut()
 
     # ---- workers
 
@@ -384,12 +393,3 @@ class Worker:
         if seconds > 0:
             with self._gathering.changed:
                 self._gathering.changed.wait_for(lambda: self._gathering.is_over, seconds)
-
-
-def worst_of(errors: list[EverstepError]) -> Exception:
-    """What to tell the caller, of why each source was lost."""
-    for kind in (StateMismatch, ConfigError, RemoteProtocolError):
-        for error in errors:
-            if isinstance(error, kind):
-                return error
-    return errors[0] if errors else RecoveryFailed("no source")
