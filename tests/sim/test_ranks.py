@@ -25,7 +25,8 @@ def _regression_seeds() -> list[tuple[int, int, int, int, str]]:
 @pytest.mark.parametrize(("seed", "groups", "ranks", "steps", "what"), _regression_seeds(), ids=lambda v: str(v)[:40])
 def test_a_seed_of_ranks_that_once_failed_ends_well(seed: int, groups: int, ranks: int, steps: int, what: str) -> None:
     """Those that were found before live state was lent run without loans: so they are still the same schedules."""
-    outcome = World(seed, groups=groups, steps=steps, ranks=ranks, lends=what.startswith("lent: ")).run()
+    lends, is_sharded = what.startswith("lent"), what.startswith("lent, sharded: ")
+    outcome = World(seed, groups=groups, steps=steps, ranks=ranks, lends=lends, is_sharded=is_sharded).run()
     assert outcome.is_ok, f"{outcome} ({what})"
 
 
@@ -98,7 +99,8 @@ def test_a_stopped_follower_gets_its_group_evicted_and_it_comes_back() -> None:
 def test_followers_are_heard_often_enough_for_short_heartbeat_timeouts() -> None:
     """80 ms: the leader vouches for its group only while it hears every rank within the interval of 20 ms."""
     for seed in range(2):
-        world = World(seed, groups=3, steps=20, faults=Faults(), climate=HASTY, ranks=2)
+        conditions = {"climate": HASTY, "lends": False, "is_sharded": False}
+        world = World(seed, groups=3, steps=20, faults=Faults(), ranks=2, **conditions)  # type: ignore[arg-type]
         outcome = world.run()
         assert outcome.verdict == "ok", str(outcome)
         assert "round opened" not in [log.event for log in world.lighthouse.logs]
