@@ -8,7 +8,7 @@ import pytest
 from everstep.sim.budgets import LOAN_POINTS, SLOW_TRANSFERS, Faults, Trigger
 from everstep.sim.teams import GROUP_ENDS_S
 from everstep.sim.world import World
-from tests.sim.schedules import HASTY, LAN, LOANS
+from tests.sim.schedules import DIES_AS_IT_LETS_GO, HASTY, LAN, LOANS, SLUGGISH
 
 SEEDS_FILE = Path(__file__).with_name("seeds_ranks.txt")
 
@@ -44,6 +44,16 @@ def of_follower(trigger: Trigger) -> Trigger:
     if trigger.point not in LOAN_POINTS or not trigger.victim.startswith("g"):
         return trigger
     return dataclasses.replace(trigger, victim=f"follower of {trigger.victim}", fault=f"rank_{trigger.fault}")
+
+
+@pytest.mark.parametrize("is_sharded", [False, True])
+def test_a_joiner_that_dies_as_it_lets_go_of_its_donors_costs_no_step(*, is_sharded: bool) -> None:
+    """Some of the donors' ranks are in the step by then, and others on their way to the next quorum."""
+    for seed in range(4):
+        conditions = {"faults": Faults(), "triggers": DIES_AS_IT_LETS_GO, "climate": SLUGGISH, "lends": True}
+        world = World(seed, groups=3, steps=6, ranks=2, is_sharded=is_sharded, **conditions)  # type: ignore[arg-type]
+        assert world.run().is_ok
+        assert world.faults.is_spent, "the schedule never reached its points"
 
 
 @pytest.mark.parametrize("ranks", [2, 3])
