@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch.utils.data import DataLoader
 
 import everstep as es
@@ -74,6 +75,7 @@ class Plan:
     agent_token: str = ""  # EVERSTEP_WORKER
     ballast_bytes: int = 0  # of memory that the process holds, in pages of its own
     state_bytes: int = 0  # of live state beside the model, each group's its own to begin with
+    forward_file: str = ""  # where the ranks of this start meet for a collective in every forward pass
     is_rich: bool = False  # train what takes every path of the reductions
 
     @property
@@ -278,6 +280,9 @@ class Worker:
         torch.set_num_threads(1)
         os.environ["EVERSTEP_GROUP_LEADER"] = self.plan.leader
         os.environ["EVERSTEP_WORKER"] = self.plan.agent_token
+        if self.plan.forward_file:
+            meeting = f"file://{self.plan.forward_file}"
+            dist.init_process_group("gloo", meeting, rank=self.plan.rank, world_size=self.plan.ranks)
         self.ballast = torch.ones(self.plan.ballast_bytes, dtype=torch.uint8)
         logging.getLogger("everstep").addHandler(Reports(self.report))
         logging.getLogger("everstep").setLevel(logging.INFO)
@@ -325,6 +330,8 @@ class Worker:
                     bulk.advance()
                     if self.plan.pace_s:  # stands for an accelerator that is busy
                         threading.Event().wait(self.plan.pace_s)
+                    if self.plan.forward_file:
+                        dist.all_reduce(torch.zeros(1))
                     loss = loss_of(model, x, y)
                     loss.backward()  # type: ignore[no-untyped-call]
                     mean = loss.detach().clone()
