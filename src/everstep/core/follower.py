@@ -155,8 +155,9 @@ class Follower(ReplicaState):
 
     @property
     def has_begun(self) -> bool:
-        """Not only while `next_move` asks for reductions: the leader's script may be in a collective among the ranks,
-        and until this rank's is there, too, the group settles in no other quorum.
+        """Also while `next_move` asks for something else: the leader's script may wait in a collective for this rank's.
+
+        Until that is there the group settles in no other quorum.
         """
         return self._batch_number in self._began
 

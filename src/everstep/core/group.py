@@ -181,8 +181,9 @@ class View(msgspec.Struct, frozen=True, array_like=True, tag="view", kw_only=Tru
 
 
 class Began(msgspec.Struct, frozen=True, array_like=True, tag="began"):
-    """The leader's script has begun its batch `number`, in the quorum of the last View: so do the followers', whatever
-    has become of that quorum by then.
+    """The leader's script has begun its batch `number`: so do the followers', though they may hear of it too late.
+
+    It did so in the quorum of the last View before this.
     """
 
     number: int
