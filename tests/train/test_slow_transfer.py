@@ -18,7 +18,7 @@ pytestmark = [pytest.mark.soak, pytest.mark.skipif(bool(_WHY_NOT), reason=_WHY_N
 
 MIB = 1 << 20
 STATE = {"state_bytes": 24 * MIB}
-RANKS_STATE = {"state_bytes": 12 * MIB}  # of each of two
+RANKS_STATE: dict[str, Any] = {"state_bytes": 12 * MIB}  # of each of two
 BYTES_PER_S = 5 * MIB
 
 
