@@ -91,7 +91,7 @@ class Process(Trainer):
         elif replica.step != self._applied_step:
             raise Violation(f"{self.name} applied step {self._applied_step} but committed {replica.step}")
         elif self._batch_for is not None and self._batch_for[:2] != (replica.step, replica.attempt):
-            self._world.aborted(self.name, replica.step + 1)
+            self._world.aborted(self.name, replica.step)
             self._gradient, self._batch_for = None, None
             self._new_batch()
 

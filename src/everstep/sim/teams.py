@@ -165,7 +165,7 @@ class Team:
         if self._ended[number][:2] != (batch, outcome):
             raise Violation(f"{party.name} ends batch {number} as {batch}, {outcome}; its leader {self._ended[number]}")
         if not outcome.committed and party.replica.evictions == batch.evictions:
-            self.world.aborted(party.name, batch.step + 1)
+            self.world.aborted(party.name, batch.step)
         return self._ended[number][2]
 
 

@@ -221,11 +221,16 @@ class World:
         self.after(0.1, lambda: self.restart(process.replica_id))
 
     def aborted(self, who: str, step: int) -> None:
-        """A step counts on nobody: because somebody voted no, as the schedule has it, or else it was lost."""
+        """The step after `step` counts on nobody: somebody voted no, as the schedule has it, or else it was lost.
+
+        One that is known to get lost is passed over (docs/groups.md): some ranks have completed their second reduction,
+        and some have not begun theirs, when a failure lets all keep what they have.
+        """
         is_well = self.keeps_gradients and self.lighthouse.config.min_replicas == 1
-        is_well = is_well and (self.ranks == 1 or not self.script.divides)
+        if self.ranks > 1:
+            is_well = is_well and not self.script.divides and self.script.reductions_of(step) == 1
         if is_well and "veto" not in self.faults.done:
-            raise Violation(f"{who} lost the computed step {step}")
+            raise Violation(f"{who} lost the computed step {step + 1}")
 
     # ---- the schedule
 
