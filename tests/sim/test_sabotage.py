@@ -149,7 +149,7 @@ CASES = {
     ),
     "what may be committed is aborted": Sabotage(
         lighthouse=sabotage.AbortsInsteadOfCommitting,
-        expect="I1",
+        expect="lost the computed step",
         groups=3,
         climate=LAN,
         faults=NOTHING,

@@ -257,7 +257,12 @@ class Worker:
             self.history.write(record)
         self.pipe.send(record)
 
-    def _stall(self) -> None:
+    def _before_forward(self) -> None:
+        if self.plan.forward_file:  # as that of FSDP, it needs the other ranks
+            if not dist.is_initialized():
+                meeting = f"file://{self.plan.forward_file}"
+                dist.init_process_group("gloo", meeting, rank=self.plan.rank, world_size=self.plan.ranks)
+            dist.all_reduce(torch.zeros(1))
         if self.step != self.plan.stall_at_step or self.has_stalled:
             return
         self.has_stalled = True
@@ -280,9 +285,6 @@ class Worker:
         torch.set_num_threads(1)
         os.environ["EVERSTEP_GROUP_LEADER"] = self.plan.leader
         os.environ["EVERSTEP_WORKER"] = self.plan.agent_token
-        if self.plan.forward_file:
-            meeting = f"file://{self.plan.forward_file}"
-            dist.init_process_group("gloo", meeting, rank=self.plan.rank, world_size=self.plan.ranks)
         self.ballast = torch.ones(self.plan.ballast_bytes, dtype=torch.uint8)
         logging.getLogger("everstep").addHandler(Reports(self.report))
         logging.getLogger("everstep").setLevel(logging.INFO)
@@ -326,12 +328,10 @@ class Worker:
                     self.step = manager.current_step() + 1
                     self.first_step = self.first_step or self.step
                     optimizer.zero_grad()
-                    self._stall()
+                    self._before_forward()
                     bulk.advance()
                     if self.plan.pace_s:  # stands for an accelerator that is busy
                         threading.Event().wait(self.plan.pace_s)
-                    if self.plan.forward_file:
-                        dist.all_reduce(torch.zeros(1))
                     loss = loss_of(model, x, y)
                     loss.backward()  # type: ignore[no-untyped-call]
                     mean = loss.detach().clone()
