@@ -149,6 +149,17 @@ class GroupStage(Stage):
             assert isinstance(actor.replica, Leader)
             self._member_did(actor, actor.replica.begin_batch())
 
+    def do_follow(self, *names: str) -> None:
+        """The scripts of these followers begin the step that their leader's has begun."""
+        for name in names:
+            follower = self._machine(name)
+            assert isinstance(follower, Follower)
+            if follower.has_begun:
+                begun = follower.begin_batch()
+                self._write(f"{name} begins step {begun.batch.step} among {' '.join(map(str, begun.members))}")
+            else:
+                self._write(f"{name} may not begin yet")
+
     def do_ballot(self, *words: str) -> None:
         """ballot NAME ok|no ...: that rank's part of its group's vote; the leader's last."""
         for name, ok in zip(words[::2], words[1::2], strict=True):

@@ -5,10 +5,7 @@ import msgspec
 from everstep.core.admission import Admission
 from everstep.core.agents import AgentDesk
 from everstep.core.broken_paths import BrokenPaths, LeftOut
-from everstep.core.follower import Follower
 from everstep.core.founding import FoundingDesk
-from everstep.core.group import RankReduced, ToFollower, View
-from everstep.core.leader import Leader
 from everstep.core.lighthouse import Event, JobConfig, LighthouseMachine, LinkMessage
 from everstep.core.messages import (
     Adopted,
@@ -18,12 +15,11 @@ from everstep.core.messages import (
     Notice,
     Persist,
     Send,
-    Sever,
     Switch,
     ToMember,
     whole,
 )
-from everstep.core.moves import ReplicaEvent, StateRecovered, VoteCast, VoteEnded
+from everstep.core.moves import ReplicaEvent, VoteCast, VoteEnded
 from everstep.core.quorum import RoundView, Won, count_round
 from everstep.core.reconfiguration import Reconfigurer
 from everstep.core.replica import Replica
@@ -301,85 +297,3 @@ class NeverOpensARoundForFailed(LighthouseMachine):
         if isinstance(event, LinkMessage) and type(event.message).__name__ == "Failed":
             return self.tick(now)
         return super().receive(event, now)
-
-
-# ---- the ranks of a group (leader.py, follower.py)
-
-
-class VotesForItsFollowers(Leader):
-    """The group's vote is cast without the other ranks' ballots."""
-
-    def cast_ballot(self, objection: str) -> tuple[VoteCast | None, list[Effect]]:
-        self._tally.ballots |= dict.fromkeys(range(self.group_size), "")
-        return super().cast_ballot(objection)
-
-
-class ReducesForItsFollowers(Leader):
-    """The step is reduced when the leader's reductions are."""
-
-    def _rank_reduced(self, rank: int, report: RankReduced, now: float) -> list[Effect]:
-        out: list[Effect] = []
-        for each in range(self.group_size) if rank == 0 else ():
-            out += super()._rank_reduced(each, report, now)
-        return out
-
-
-class RecoversForItsFollowers(Leader):
-    """The state is recovered when the leader's part of it is."""
-
-    def _rank_recovered(self, rank: int, quorum_id: QuorumId, now: float) -> list[Effect]:
-        self._tally.recovered |= dict.fromkeys(range(self.group_size)).keys()
-        return super()._rank_recovered(rank, quorum_id, now)
-
-
-class PreparesUnsettled(Leader):
-    """`before_step` runs while some ranks wait for the others' barriers."""
-
-    def _let_prepare(self) -> None:
-        is_settled, self.is_settled = self.is_settled, self.quorum is not None
-        super()._let_prepare()
-        self.is_settled = is_settled
-
-
-class KeepsItsCollectives(Follower):
-    """A notice does not sever a follower's collectives."""
-
-    def _show(self, view: View) -> list[Effect]:
-        return [effect for effect in super()._show(view) if not isinstance(effect, Sever)]
-
-
-class AppliesAtOnce(Follower):
-    """It applies its part of the state before the other ranks have theirs."""
-
-    def receive(self, event: ToFollower | ReplicaEvent, now: float) -> list[Effect]:
-        effects = super().receive(event, now)
-        self._has_to_apply |= isinstance(event, StateRecovered) and bool(effects)
-        return effects
-
-
-class ForgetsItsAverage(Follower):
-    """What a follower has reduced does not outlive a change of the quorum."""
-
-    def _show(self, view: View) -> list[Effect]:
-        return super()._show(msgspec.structs.replace(view, holds_average=False))
-
-
-class GoesByTheLeadersAverage(Follower):
-    """A reduction that it added as a grant came is forgotten."""
-
-    def _show(self, view: View) -> list[Effect]:
-        self._reopened = 0
-        return super()._show(view)
-
-
-class BallotsOnce(Follower):
-    """It does not vote again where the same step is voted on in another quorum."""
-
-    def cast_ballot(self, objection: str) -> tuple[VoteCast | None, list[Effect]]:
-        cast, effects = super().cast_ballot(objection)
-        if self._step_voted == (self.step, self.attempt):
-            return cast, []
-        self._step_voted = (self.step, self.attempt)
-        return cast, effects
-
-    _step_voted = (-1, -1)

@@ -1,17 +1,21 @@
 """Shells that lack one rule of the loan each: what train/stepper.py and recovery/ do beside the machines."""
 
+from collections.abc import Sequence
+
 from everstep.core.moves import Recover, Reduce, StateRecovered
 from everstep.core.recovery_plan import Claim
-from everstep.core.types import Quorum, QuorumId
+from everstep.core.types import MemberId, Quorum, QuorumId
 from everstep.sim.checkers import Weights
+from everstep.sim.group_ends import FollowerParty, LeaderParty
 from everstep.sim.loans import Seen, Transfer
 from everstep.sim.process import Process
+from everstep.sim.ranks import RankParty
 
 
 class DoesNotKeepStill(Process):
     """Neither donors nor joiners meet."""
 
-    def _keep_still(self, quorum: Quorum) -> bool:
+    def _keep_still(self, quorum: Quorum, joiners: Sequence[MemberId]) -> bool:
         return False
 
     def _fetched_all(self, move: Recover, fetched: Weights) -> None:
@@ -50,3 +54,56 @@ class BelievesWithoutALook(Transfer):
 
     def _believes(self, seen: Seen) -> bool:
         return True
+
+
+# ---- in groups of several ranks
+
+
+class _LetsGoAtOnce(RankParty):
+    """A joiner's rank meets the donors when it has its own part."""
+
+    def _fetched_all(self, move: Recover, fetched: Weights) -> None:
+        self._has_fetched(move.quorum)
+
+        def met() -> None:
+            self._take(move.lineage, fetched)
+            self._report(StateRecovered(move.quorum.id))
+
+        self._issue(move.quorum, "meet", None, lambda _: met())
+
+
+class LeaderLetsGoAtOnce(_LetsGoAtOnce, LeaderParty):
+    pass
+
+
+class FollowerLetsGoAtOnce(_LetsGoAtOnce, FollowerParty):
+    pass
+
+
+class _DoesNotKeepStill(RankParty):
+    def _keep_still(self, quorum: Quorum, joiners: Sequence[MemberId]) -> bool:
+        return False
+
+
+class LeaderDoesNotKeepStill(_DoesNotKeepStill, LeaderParty):
+    pass
+
+
+class FollowerDoesNotKeepStill(_DoesNotKeepStill, FollowerParty):
+    pass
+
+
+class _RevokesAfterwards(RankParty):
+    """A donor that a failure round has freed goes on first."""
+
+    def _revoke(self) -> None:
+        if self._try is not None:
+            super()._revoke()
+
+
+class LeaderRevokesAfterwards(_RevokesAfterwards, LeaderParty):
+    pass
+
+
+class FollowerRevokesAfterwards(_RevokesAfterwards, FollowerParty):
+    pass

@@ -6,6 +6,7 @@ from everstep.sim.network import Delays
 LAN = CLIMATES[0]
 HASTY = next(climate for climate in CLIMATES if climate.name == "hasty")
 HEAVY = next(climate for climate in CLIMATES if climate.name == "heavy")
+SLUGGISH = next(climate for climate in CLIMATES if climate.name == "sluggish")
 SLOW_DISK = Climate(name="slow-disk", delays=Delays(fsync=(0.5, 0.5)), link_grace_s=0.0)
 
 
@@ -169,6 +170,8 @@ def _in_the_middle(fault: str, victim: str = "self", **more: float) -> Trigger:
 
 ONE_DONOR_DIES = (_G0_RETURNS, _in_the_middle("kill", "g1"))
 ALL_DONORS_DIE = (*ONE_DONOR_DIES, _in_the_middle("kill", "g2"))
+# A rank of g0 has let go of those that lent it the state, who go on; the other has yet to let go of those that lent it.
+DIES_AS_IT_LETS_GO = (_G0_RETURNS, at("Apply", "kill", by="g0"))
 UNHEARD_ROUND = (_G0_RETURNS, _in_the_middle("link", after_s=0.3, seconds=8.0))
 LOANS: dict[str, tuple[int, tuple[Trigger, ...]]] = {
     "nothing happens": (3, (_G0_RETURNS,)),

@@ -8,7 +8,7 @@ import pytest
 from everstep.sim.budgets import LOAN_POINTS, SLOW_TRANSFERS, Faults, Trigger
 from everstep.sim.teams import GROUP_ENDS_S
 from everstep.sim.world import World
-from tests.sim.schedules import HASTY, LAN, LOANS
+from tests.sim.schedules import DIES_AS_IT_LETS_GO, HASTY, LAN, LOANS, SLUGGISH
 
 SEEDS_FILE = Path(__file__).with_name("seeds_ranks.txt")
 
@@ -25,7 +25,8 @@ def _regression_seeds() -> list[tuple[int, int, int, int, str]]:
 @pytest.mark.parametrize(("seed", "groups", "ranks", "steps", "what"), _regression_seeds(), ids=lambda v: str(v)[:40])
 def test_a_seed_of_ranks_that_once_failed_ends_well(seed: int, groups: int, ranks: int, steps: int, what: str) -> None:
     """Those that were found before live state was lent run without loans: so they are still the same schedules."""
-    outcome = World(seed, groups=groups, steps=steps, ranks=ranks, lends=what.startswith("lent: ")).run()
+    lends, is_sharded = what.startswith("lent"), what.startswith("lent, sharded: ")
+    outcome = World(seed, groups=groups, steps=steps, ranks=ranks, lends=lends, is_sharded=is_sharded).run()
     assert outcome.is_ok, f"{outcome} ({what})"
 
 
@@ -43,6 +44,16 @@ def of_follower(trigger: Trigger) -> Trigger:
     if trigger.point not in LOAN_POINTS or not trigger.victim.startswith("g"):
         return trigger
     return dataclasses.replace(trigger, victim=f"follower of {trigger.victim}", fault=f"rank_{trigger.fault}")
+
+
+@pytest.mark.parametrize("is_sharded", [False, True])
+def test_a_joiner_that_dies_as_it_lets_go_of_its_donors_costs_no_step(*, is_sharded: bool) -> None:
+    """Some of the donors' ranks are in the step by then, and others on their way to the next quorum."""
+    for seed in range(4):
+        conditions = {"faults": Faults(), "triggers": DIES_AS_IT_LETS_GO, "climate": SLUGGISH, "lends": True}
+        world = World(seed, groups=3, steps=6, ranks=2, is_sharded=is_sharded, **conditions)  # type: ignore[arg-type]
+        assert world.run().is_ok
+        assert world.faults.is_spent, "the schedule never reached its points"
 
 
 @pytest.mark.parametrize("ranks", [2, 3])
@@ -98,7 +109,8 @@ def test_a_stopped_follower_gets_its_group_evicted_and_it_comes_back() -> None:
 def test_followers_are_heard_often_enough_for_short_heartbeat_timeouts() -> None:
     """80 ms: the leader vouches for its group only while it hears every rank within the interval of 20 ms."""
     for seed in range(2):
-        world = World(seed, groups=3, steps=20, faults=Faults(), climate=HASTY, ranks=2)
+        conditions = {"climate": HASTY, "lends": False, "is_sharded": False}
+        world = World(seed, groups=3, steps=20, faults=Faults(), ranks=2, **conditions)  # type: ignore[arg-type]
         outcome = world.run()
         assert outcome.verdict == "ok", str(outcome)
         assert "round opened" not in [log.event for log in world.lighthouse.logs]

@@ -10,12 +10,14 @@ from everstep.core.leader import Leader
 from everstep.core.lighthouse import LighthouseMachine
 from everstep.core.replica import Replica
 from everstep.sim.budgets import SLOW_TRANSFERS, Climate, Faults, Trigger
+from everstep.sim.group_ends import FollowerParty, LeaderParty
 from everstep.sim.loans import Transfer
 from everstep.sim.process import Process
 from everstep.sim.world import World
-from tests.sim import sabotage, sabotaged_loans
+from tests.sim import sabotage, sabotaged_loans, sabotaged_ranks
 from tests.sim.schedules import (
     ALL_DONORS_DIE,
+    DIES_AS_IT_LETS_GO,
     DIES_WHILE_RANKS_RECOVER,
     FAILS_AS_RANKS_DECIDE,
     FAILS_AS_RANKS_REDUCE,
@@ -30,6 +32,7 @@ from tests.sim.schedules import (
     PROPOSALS_APART,
     ROUND_FORGOTTEN,
     SLOW_DISK,
+    SLUGGISH,
     UNHEARD_ROUND,
     WHO_COMMITS_FIRST_DIES,
 )
@@ -45,7 +48,9 @@ class Sabotage:
     follower: type[Follower] = Follower
     process: type[Process] = Process
     transfer: type[Transfer] = Transfer
+    rank_types: tuple[type[LeaderParty], type[FollowerParty]] = (LeaderParty, FollowerParty)
     lends: bool = False  # most seeds are older than that; what changed them since is another matter
+    is_sharded: bool = False  # likewise
     ranks: int = 1
     steps: int = 10
     seed: int = 0
@@ -67,6 +72,7 @@ class Sabotage:
                 faults=self.faults,
                 triggers=self.triggers,
                 lends=self.lends,
+                is_sharded=self.is_sharded,
                 **types,
             )
 
@@ -82,6 +88,8 @@ _LOAN: dict[str, Any] = {
     "triggers": ONE_DONOR_DIES,
     "seeds": 10,
 }
+_LOAN_OF_RANKS: dict[str, Any] = _LOAN | {"ranks": 2, "steps": 6, "seeds": 3}
+_LETS_GO: dict[str, Any] = _LOAN_OF_RANKS | {"climate": SLUGGISH, "triggers": DIES_AS_IT_LETS_GO}
 CASES = {
     "a step is committed on one's own vote": Sabotage(replica=sabotage.CommitsOnItsOwnVote, expect="I2"),
     "a proposal is adopted on MIN alone": Sabotage(
@@ -141,7 +149,7 @@ CASES = {
     ),
     "what may be committed is aborted": Sabotage(
         lighthouse=sabotage.AbortsInsteadOfCommitting,
-        expect="I1",
+        expect="lost the computed step",
         groups=3,
         climate=LAN,
         faults=NOTHING,
@@ -190,14 +198,14 @@ CASES = {
     ),
     "Failed opens no round": Sabotage(lighthouse=sabotage.NeverOpensARoundForFailed, expect="STUCK"),
     "a leader votes for its followers": Sabotage(
-        leader=sabotage.VotesForItsFollowers, seed=5, seeds=10, ranks=2, steps=6, groups=4
+        leader=sabotaged_ranks.VotesForItsFollowers, seed=5, seeds=10, ranks=2, steps=6, groups=4
     ),
-    "a leader's reductions are its group's": Sabotage(leader=sabotage.ReducesForItsFollowers, ranks=2, steps=6),
+    "a leader's reductions are its group's": Sabotage(leader=sabotaged_ranks.ReducesForItsFollowers, ranks=2, steps=6),
     "a leader's state is its group's": Sabotage(
-        leader=sabotage.RecoversForItsFollowers, expect="weights", seeds=10, ranks=2, steps=6
+        leader=sabotaged_ranks.RecoversForItsFollowers, expect="weights", seeds=10, ranks=2, steps=6
     ),
     "a follower applies what the group may not get": Sabotage(
-        follower=sabotage.AppliesAtOnce,
+        follower=sabotaged_ranks.AppliesAtOnce,
         expect="other weights",
         ranks=3,
         steps=6,
@@ -208,7 +216,7 @@ CASES = {
         seeds=10,
     ),
     "before_step runs while some ranks settle": Sabotage(
-        leader=sabotage.PreparesUnsettled,
+        leader=sabotaged_ranks.PreparesUnsettled,
         expect="STUCK",
         ranks=2,
         steps=9,
@@ -219,7 +227,7 @@ CASES = {
         seeds=4,
     ),
     "a follower forgets what it added": Sabotage(
-        follower=sabotage.GoesByTheLeadersAverage,
+        follower=sabotaged_ranks.GoesByTheLeadersAverage,
         expect="STUCK",
         ranks=2,
         steps=9,
@@ -231,10 +239,10 @@ CASES = {
         seeds=10,
     ),
     "a notice severs no follower": Sabotage(
-        follower=sabotage.KeepsItsCollectives, expect="STUCK", seeds=10, ranks=2, steps=6
+        follower=sabotaged_ranks.KeepsItsCollectives, expect="STUCK", seeds=10, ranks=2, steps=6
     ),
     "a follower's average is lost with the quorum": Sabotage(
-        follower=sabotage.ForgetsItsAverage, expect="STUCK", seeds=4, ranks=2, steps=6
+        follower=sabotaged_ranks.ForgetsItsAverage, expect="STUCK", seeds=4, ranks=2, steps=6
     ),
     "donors do not keep still": Sabotage(process=sabotaged_loans.DoesNotKeepStill, expect="R2", **_LOAN),
     "a donor revokes its loan after it went on": Sabotage(
@@ -249,8 +257,37 @@ CASES = {
     "a history is founded on weights that are half overwritten": Sabotage(
         process=sabotaged_loans.FoundsWhileTorn, expect="R4", **(_LOAN | {"triggers": ALL_DONORS_DIE})
     ),
+    "a joiner's rank lets go of the donors before the others have their parts": Sabotage(
+        rank_types=(sabotaged_loans.LeaderLetsGoAtOnce, sabotaged_loans.FollowerLetsGoAtOnce),
+        expect="R5",
+        **_LOAN_OF_RANKS,
+    ),
+    "a donor's ranks do not keep still": Sabotage(
+        rank_types=(sabotaged_loans.LeaderDoesNotKeepStill, sabotaged_loans.FollowerDoesNotKeepStill),
+        expect="R2",
+        is_sharded=True,
+        **_LOAN_OF_RANKS,
+    ),
+    "a donor's ranks revoke their loans after they went on": Sabotage(
+        rank_types=(sabotaged_loans.LeaderRevokesAfterwards, sabotaged_loans.FollowerRevokesAfterwards),
+        expect="R2",
+        is_sharded=True,
+        **_LOAN_OF_RANKS,
+    ),
+    "a joiner's rank believes what it read before the look at the loan": Sabotage(
+        transfer=sabotaged_loans.BelievesWithoutALook,
+        expect="R3",
+        seed=6,
+        **(_LOAN_OF_RANKS | {"triggers": UNHEARD_ROUND}),
+    ),
+    "a rank begins its leader's step in the quorum of later on": Sabotage(
+        follower=sabotaged_ranks.BeginsInItsOwnQuorum, expect="another rank of its group", **_LETS_GO
+    ),
+    "a rank settles in the next quorum before it begins its leader's step": Sabotage(
+        follower=sabotaged_ranks.BeginsOnceSettled, expect="STUCK", seed=17, is_sharded=True, **_LETS_GO
+    ),
     "a follower ballots once a step": Sabotage(
-        follower=sabotage.BallotsOnce, expect="STUCK", seed=56, seeds=1, ranks=2, steps=6
+        follower=sabotaged_ranks.BallotsOnce, expect="STUCK", seed=56, seeds=1, ranks=2, steps=6
     ),
 }
 
@@ -259,7 +296,7 @@ CASES = {
 def test_a_dropped_rule_is_caught(name: str) -> None:
     case = CASES[name]
     types: dict[str, Any] = {"leader_type": case.leader, "follower_type": case.follower}
-    types |= {"process_type": case.process, "transfer_type": case.transfer}
+    types |= {"process_type": case.process, "transfer_type": case.transfer, "rank_types": case.rank_types}
     for world in case.worlds(replica_type=case.replica, lighthouse_type=case.lighthouse, **types):
         outcome = world.run()
         if not outcome.is_ok:

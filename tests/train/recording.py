@@ -45,7 +45,7 @@ class RecordingSampler(es.DistributedSampler):
         stepper, presence = self._manager._stepper, self._manager._presence
         assert stepper is not None
         assert presence is not None
-        batch = stepper._batch
+        batch = stepper._begun.batch if stepper._begun is not None else None
         with presence.changed:
             member, evictions = str(presence.replica.member), presence.replica.evictions
         if batch is not None and batch.evictions == evictions:  # else it is nobody's: that member is out already

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch.utils.data import DataLoader
 
 import everstep as es
@@ -74,6 +75,7 @@ class Plan:
     agent_token: str = ""  # EVERSTEP_WORKER
     ballast_bytes: int = 0  # of memory that the process holds, in pages of its own
     state_bytes: int = 0  # of live state beside the model, each group's its own to begin with
+    forward_file: str = ""  # where the ranks of this start meet for a collective in every forward pass
     is_rich: bool = False  # train what takes every path of the reductions
 
     @property
@@ -255,7 +257,12 @@ class Worker:
             self.history.write(record)
         self.pipe.send(record)
 
-    def _stall(self) -> None:
+    def _before_forward(self) -> None:
+        if self.plan.forward_file:  # as that of FSDP, it needs the other ranks
+            if not dist.is_initialized():
+                meeting = f"file://{self.plan.forward_file}"
+                dist.init_process_group("gloo", meeting, rank=self.plan.rank, world_size=self.plan.ranks)
+            dist.all_reduce(torch.zeros(1))
         if self.step != self.plan.stall_at_step or self.has_stalled:
             return
         self.has_stalled = True
@@ -321,7 +328,7 @@ class Worker:
                     self.step = manager.current_step() + 1
                     self.first_step = self.first_step or self.step
                     optimizer.zero_grad()
-                    self._stall()
+                    self._before_forward()
                     bulk.advance()
                     if self.plan.pace_s:  # stands for an accelerator that is busy
                         threading.Event().wait(self.plan.pace_s)

@@ -1,6 +1,7 @@
 """Replica groups of several ranks: they agree on every step, fail as one, and come back as one."""
 
 import contextlib
+import itertools
 import os
 import signal
 import time
@@ -59,19 +60,21 @@ def test_a_rank_killed_anywhere_ends_its_group_alone_and_the_group_comes_back() 
 
 @pytest.mark.soak
 def test_a_rank_killed_while_its_group_recovers_costs_nobody_a_step() -> None:
-    """No rank applies its part while another may not get one; one that dies as it applies takes its group along."""
+    """No rank applies its part while another may not get one; one that dies as it lets go of the donors, or applies,
+    takes its group along. By then some of the donors' ranks may have gone on, and others not.
+    """
     with RankedJob(2, heartbeat_timeout_s=10.0) as job:
         job.start_teams()
         survivors = job.team[0]
         job.until_steps(job.everyone(), 5)
         job.kill(job.team[1][1])
         job.until_team_fails(1)
-        for rank, point in [(1, "fetch"), (0, "apply")]:
-            team = job.start_team(1, {rank: {"die_in": point}})
+        for rank, point in [(1, "fetch"), (1, "meet"), (0, "meet"), (0, "apply")]:
+            team = job.start_team(1, {rank: {"die_in": point, "at_configure": 1}})
             job.until_team_fails(1)
             assert team[rank].process.exitcode == -signal.SIGKILL
             has_applied = [any(line.startswith("recovered step=") for line in member.logs) for member in team]
-            assert not any(has_applied) or point == "apply"
+            assert not any(has_applied) or point != "fetch"
         job.until_all_recover(job.start_team(1))
         job.stop([*survivors, *job.team[1]])
         applied = [line for member in job.team[1] for line in member.logs if line.startswith("recovered step=")]
@@ -79,6 +82,28 @@ def test_a_rank_killed_while_its_group_recovers_costs_nobody_a_step() -> None:
         ends = [event for event in job.events() if event.kind is EventKind.RECOVERY_ENDED and event.replica_id == "1"]
         assert (ends[-1].outcome, ends[-1].done_bytes) == ("done", sum(parts))
         assert len(parts) == 2
+        assert all(any(line.startswith("sent step=") for line in member.logs) for member in survivors), "it was lent"
+        assert_nothing_lost(survivors)
+        assert_ranks_agree(job)
+
+
+@pytest.mark.soak
+def test_a_donors_ranks_whose_forward_passes_need_each_other_are_let_go_together_or_not(tmp_path: Path) -> None:
+    """A joiner dies when one has been let go: it waits in its forward pass for the other, whose quorum is gone."""
+    files = (str(tmp_path / str(number)) for number in itertools.count())
+    with RankedJob(2, heartbeat_timeout_s=10.0) as job:
+        for group in range(2):
+            job.start_team(group, forward_file=next(files))
+        survivors = job.team[0]
+        job.until_steps(job.everyone(), 5)
+        job.kill(job.team[1][1])
+        job.until_team_fails(1)
+        for _ in range(3):
+            job.start_team(1, {1: {"die_in": "meet", "at_configure": 1}}, forward_file=next(files))
+            job.until_team_fails(1)
+            job.until_steps(survivors, max(member.step for member in survivors) + 5)
+        job.until_all_recover(job.start_team(1, forward_file=next(files)))
+        job.stop(job.everyone())
         assert_nothing_lost(survivors)
         assert_ranks_agree(job)
 

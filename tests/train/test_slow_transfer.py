@@ -11,12 +11,14 @@ import pytest
 from everstep.core.events import EventKind
 from tests.train.job import Job, Network, Running, assert_nothing_lost, assert_same_bits
 from tests.train.namespaces import Hosts, why_not
+from tests.train.ranks import RankedJob, assert_ranks_agree
 
 _WHY_NOT = why_not()
 pytestmark = [pytest.mark.soak, pytest.mark.skipif(bool(_WHY_NOT), reason=_WHY_NOT or "can run")]
 
 MIB = 1 << 20
 STATE = {"state_bytes": 24 * MIB}
+RANKS_STATE: dict[str, Any] = {"state_bytes": 12 * MIB}  # of each of two
 BYTES_PER_S = 5 * MIB
 
 
@@ -160,6 +162,58 @@ def test_a_group_that_comes_during_a_failure_gets_in_after_it(network: Network) 
         until_joined(job, [silent, *others, early, late])
         assert_nothing_lost(others)
         end_well(job, [silent, *others, early, late], left_out=1)
+
+
+def until_ranks_are_in_the_middle(job: RankedJob, network: Network, group: int) -> list[Running]:
+    """A joiner of several ranks, all on its one slow host."""
+    network.hosts.slow(str(group), BYTES_PER_S)
+    team = job.start_team(group, **RANKS_STATE)
+    until_in_the_middle(job, team[0])
+    return team
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_of_a_joiner_killed_in_the_middle_costs_no_rank_a_step(network: Network, rank: int) -> None:
+    with RankedJob(3, network=network) as job:
+        job.start_teams(**RANKS_STATE)
+        survivors = job.everyone(2)
+        job.until_steps(job.everyone(), 5)
+        job.kill(job.team[2][0])
+        job.until_team_fails(2)
+        team = until_ranks_are_in_the_middle(job, network, 2)
+        at = max(member.step for member in survivors)
+        job.kill(team[rank])
+        job.until_team_fails(2)
+        job.until_steps(survivors, at + 5)
+        job.until_all_recover(job.start_team(2, **RANKS_STATE))
+        job.stop(job.everyone())
+        assert_nothing_lost(survivors)
+        assert_ranks_agree(job)
+        assert_lent(survivors)
+
+
+def test_a_donors_rank_killed_in_the_middle_costs_the_other_ranks_no_step(network: Network) -> None:
+    """All of its group ends with it; the joiner's ranks begin anew with the donor that is left."""
+    with RankedJob(3, network=network) as job:
+        job.start_teams(**RANKS_STATE)
+        job.until_steps(job.everyone(), 5)
+        job.kill(job.team[2][1])
+        job.until_team_fails(2)
+        team = until_ranks_are_in_the_middle(job, network, 2)
+        job.kill(job.team[1][1])
+        job.until_team_fails(1)
+        survivors = job.team[0]
+        job.until(lambda: all(m.step > 0 and m.participants == 2 for m in [*survivors, *team]), "they train together")
+        job.stop([*survivors, *team])
+        assert_nothing_lost(survivors)
+        assert_ranks_agree(job)
+        assert_lent(survivors)
+
+
+def assert_lent(donors: list[Running]) -> None:
+    """They kept still until the joiners had the state, and no forward pass changed what these read."""
+    for donor in donors:
+        assert any(line.startswith("sent step=") for line in donor.logs), donor.logs
 
 
 def test_half_of_a_state_is_never_the_beginning_of_a_history(network: Network) -> None:

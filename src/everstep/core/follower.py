@@ -7,8 +7,8 @@ A follower decides nothing: results go to the leader, and what they come to arri
 from everstep.core.group import (
     AllLeft,
     Ballot,
-    Batch,
     Began,
+    Beginning,
     Decided,
     GroupEnds,
     Outcome,
@@ -70,7 +70,7 @@ class Follower(ReplicaState):
         self.has_view = False
         self.has_everyone_left = False
         # By number: the leader may be a batch ahead, after an eviction that this rank's script has yet to notice.
-        self._began: dict[int, Batch] = {}
+        self._began: dict[int, Beginning] = {}
         self._decided: dict[int, Outcome] = {}
         self.beat_interval_s = 0.0
         self._batches_ended = 0
@@ -93,7 +93,7 @@ class Follower(ReplicaState):
             case View():
                 return self._show(event)
             case Began(number, batch):
-                self._began[number] = batch
+                self._began[number] = Beginning(batch, self.beginning().members, self.member)
                 return []
             case Decided(number, outcome):
                 self._decided[number] = outcome
@@ -138,7 +138,7 @@ class Follower(ReplicaState):
                 return Wait("the other ranks of this group to settle")
             case Recover(quorum) if self._recovered_in == quorum.id:
                 return Wait("the other ranks of this group to recover")
-            case Reduce() if self._batch_number not in self._began:
+            case Reduce() if not self.has_begun:
                 return Wait("the leader of this group to begin the step")
             case Vote() if self._is_together and not self._is_prepared:
                 return Wait("the other ranks' reductions")
@@ -153,8 +153,16 @@ class Follower(ReplicaState):
         self._balloted_for = key
         return None, [Tell(Ballot(key, objection))]
 
-    def begin_batch(self) -> Batch:
-        """The leader's batch of this number; once `next_move` asks for reductions, not before."""
+    @property
+    def has_begun(self) -> bool:
+        """Also while `next_move` asks for something else: the leader's script may wait in a collective for this rank's.
+
+        Until that is there the group settles in no other quorum.
+        """
+        return self._batch_number in self._began
+
+    def begin_batch(self) -> Beginning:
+        """The leader's batch of this number, once it `has_begun`."""
         return self._began[self._batch_number]
 
     def end_batch(self) -> Outcome | None:

@@ -5,6 +5,8 @@ leader last showed. All of it travels on one ordered connection a follower, whic
 group ends. docs/groups.md has the whole picture.
 """
 
+import dataclasses
+
 import msgspec
 
 from everstep.core.messages import Activity, Refused
@@ -27,6 +29,18 @@ class Batch(msgspec.Struct, frozen=True, array_like=True):
     step: int
     attempt: int
     evictions: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Beginning:
+    """Of a batch, as it was when the group's script began it: the same on every rank, whenever each one's begins.
+
+    `members` are those of the quorum, in rank order; what a rank draws depends on them.
+    """
+
+    batch: Batch
+    members: tuple[MemberId, ...]
+    member: MemberId  # this group
 
 
 class Outcome(msgspec.Struct, frozen=True, array_like=True):
@@ -67,7 +81,7 @@ class RankSettled(msgspec.Struct, frozen=True, array_like=True, tag="settled"):
 
 
 class RankRecovered(msgspec.Struct, frozen=True, array_like=True, tag="recovered"):
-    """It has fetched and verified its part of the state, and applies it once the group has all parts."""
+    """It has fetched and verified its part of the state, and lets go of the donors once the group has all parts."""
 
     quorum_id: QuorumId
 
@@ -167,7 +181,10 @@ class View(msgspec.Struct, frozen=True, array_like=True, tag="view", kw_only=Tru
 
 
 class Began(msgspec.Struct, frozen=True, array_like=True, tag="began"):
-    """The leader's script has begun its batch `number`; it is the followers' batch of that number, too."""
+    """The leader's script has begun its batch `number`: so do the followers', though they may hear of it too late.
+
+    It did so in the quorum of the last View before this.
+    """
 
     number: int
     batch: Batch

@@ -80,7 +80,8 @@ class Prepare:
 class Apply:
     """Put the state that this rank has fetched in place, now, whatever else has happened: all ranks of this group do.
 
-    Then Applied. A group of one rank applies what it fetches at once.
+    Before that, meet the donors where they lend: none of them is let go before every rank has its part. Then Applied.
+    A group of one rank does both as soon as it has fetched.
     """
 
 

@@ -1,6 +1,6 @@
 """The state of a member's machine, and the questions it answers. `replica.py` holds what changes it."""
 
-from everstep.core.group import Batch
+from everstep.core.group import Batch, Beginning
 from everstep.core.ledger import Account, Ledger
 from everstep.core.messages import (
     Activity,
@@ -243,6 +243,15 @@ class ReplicaState:
     def batch(self) -> Batch:
         """The try of the step that is under way."""
         return Batch(self.step, self.attempt, self.evictions)
+
+    @property
+    def has_begun(self) -> bool:
+        """The leader of this group has begun the batch that is this rank's next: it must, too, whatever happened."""
+        return False
+
+    def beginning(self) -> Beginning:
+        """Of a batch that this group begins now."""
+        return Beginning(self.batch, self.quorum.member_ids if self.quorum is not None else (), self.member)
 
     def report(self) -> Report:
         return Report(

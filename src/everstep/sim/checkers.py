@@ -137,6 +137,11 @@ class Checkers:
         if seen != loan.lent:
             raise Violation(f"R3 {process} believes {seen}, and {loan.lent} was lent")
 
+    def let_go(self, process: str, quorum_id: QuorumId, *, have_all: bool) -> None:
+        """A donor has met the joiners' ranks of its own rank, and goes on."""
+        if not have_all:
+            raise Violation(f"R5 {process} is let go in quorum {quorum_id} before every rank has its part")
+
     def contributes(self, process: str, weights: Weights) -> None:
         if weights.value == TORN:
             raise Violation(f"R4 {process} trains with weights that are half overwritten")

@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING
 
 from everstep.core.follower import Follower
-from everstep.core.group import Batch, FromRank, GroupEnds, Outcome, RankBeat
+from everstep.core.group import Beginning, FromRank, GroupEnds, Outcome, RankBeat
 from everstep.core.leader import Leader
 from everstep.core.moves import AskToLeave
 from everstep.sim.checkers import Weights
@@ -34,9 +34,9 @@ class LeaderParty(RankParty):
         if self.is_alive:
             self.team.to_followers(message)
 
-    def _begin_batch(self) -> Batch:
+    def _begin_batch(self) -> Beginning:
         self._perform(self.replica.begin_batch())
-        return self.replica.batch
+        return self.replica.beginning()
 
     def _end_batch(self, outcome: Outcome) -> None:
         self._perform(self.replica.end_batch(outcome))
@@ -90,7 +90,7 @@ class FollowerParty(RankParty):
         self._tell(self.replica.beat(self._world.now))
         self._world.after(self.replica.beat_after_s, self._beat)
 
-    def _begin_batch(self) -> Batch:
+    def _begin_batch(self) -> Beginning:
         return self.replica.begin_batch()
 
     def _end_batch(self, outcome: Outcome) -> None:  # noqa: ARG002 - the leader's counts

@@ -27,7 +27,6 @@ class Process(Trainer):
         self._batch_for: tuple[int, int, int] | None = None  # (step, attempt, evictions) whose gradient is computed
         self._gradient: tuple[Batch, ...] | None = None
         self._evictions = 0
-        self.steps_aborted = 0
         self.replica.ledger.begin(world.now)
 
     def _advance(self) -> None:
@@ -92,7 +91,7 @@ class Process(Trainer):
         elif replica.step != self._applied_step:
             raise Violation(f"{self.name} applied step {self._applied_step} but committed {replica.step}")
         elif self._batch_for is not None and self._batch_for[:2] != (replica.step, replica.attempt):
-            self.steps_aborted += 1
+            self._world.aborted(self.name, replica.step)
             self._gradient, self._batch_for = None, None
             self._new_batch()
 

@@ -1,18 +1,16 @@
 """The ranks of one replica group in the virtual world: what `train/stepper.py` does on each, with their machines."""
 
 import abc
-from collections import deque
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from everstep.core.group import Batch as Try
-from everstep.core.group import Outcome
+from everstep.core.group import Beginning, Outcome
 from everstep.core.messages import Activity
 from everstep.core.moves import (
     Applied,
     Apply,
     Build,
-    CollectiveFailed,
     Deciding,
     GradientsReduced,
     Leave,
@@ -22,13 +20,13 @@ from everstep.core.moves import (
     Prepared,
     Recover,
     Reduce,
-    ReplicaEvent,
+    StateRecovered,
     Vote,
     VoteEnded,
 )
 from everstep.core.types import Lineage, Quorum, QuorumId
 from everstep.sim.checkers import Batch, Violation, Weights
-from everstep.sim.trainer import Trainer
+from everstep.sim.group_rank import GroupRank
 
 if TYPE_CHECKING:
     from everstep.sim.teams import Team
@@ -37,24 +35,18 @@ OLD_QUORUM_S = 0.5  # that the others keep it open for one that leaves
 MOVES_MAX = 100  # without anything that takes time: more is a spin
 
 
-class RankParty(Trainer):
+class RankParty(GroupRank):
     """One rank. Its script computes, may wait for a first reduction before it adds a second, and comes to the vote."""
 
-    replica: Any
-
     def __init__(self, team: "Team", name: str, rank: int, initial: Weights) -> None:
-        super().__init__(team.world, name, team.config.replica_id, initial)
-        self.team = team
-        self.rank = rank
-        self.has_left = False
-        self._inbox: deque[Callable[[], None]] = deque()
+        super().__init__(team, name, rank, initial)
         self._script_has_ended = False
-        self._issued_in: QuorumId | None = None  # the quorum of its newest collective, or recovery
         self._try: Try | None = None  # the batch at hand; core's word for it is Batch
         self._is_agreeing = False
         self._number = 0  # of batches that ended
-        self._together = 0  # collectives of the script's own
+        self._together = 0  # times that the script prepared with the other ranks
         self._fetched: tuple[Lineage, Weights]
+        self._meets_in: Quorum | None = None  # those who lent what was fetched: before it is applied
         self._reset()
 
     def _reset(self) -> None:
@@ -68,60 +60,6 @@ class RankParty(Trainer):
         self._prepared_for: tuple[tuple[Batch, ...], ...] = ()
         self._is_prepared = False
         self._objection = ""
-
-    # ---- the group
-
-    def deliver(self, call: Callable[[], None]) -> None:
-        """In order, and not while it is stopped."""
-        self._inbox.append(call)
-        self._read_inbox()
-
-    def _read_inbox(self) -> None:
-        while self._inbox and self.is_alive:
-            if self._world.now < self.frozen_until:
-                self._world.at(self.frozen_until, self._read_inbox)
-                return
-            self._inbox.popleft()()
-
-    @abc.abstractmethod
-    def hear(self, message: Any) -> None: ...
-
-    def lose(self, ended: "RankParty") -> None:
-        if not self.replica.has_everyone_left:
-            self.team.fail(self, f"{ended.name} ended")
-
-    def kill(self, *, is_noticed: bool = True) -> None:
-        was_alive = self.is_alive
-        super().kill(is_noticed=is_noticed)
-        if was_alive:
-            self.team.rank_ended(self, is_noticed=is_noticed)
-
-    def leave(self) -> None:
-        """The scripts of all ranks end at the same step."""
-        self.team.ends_at = self.team.leader.replica.step + 2
-
-    def report_spurious_error(self, peer: int | None) -> None:
-        quorum = self.replica.quorum
-        if quorum is not None:
-            if self._waits_in is not None:
-                self._busy = None
-            self.feed(CollectiveFailed(quorum.id, peer, "spurious"))
-
-    def _sever(self, up_to: QuorumId) -> None:
-        self._world.leave_quorums(self, up_to)
-        if self._waits_in is not None and self._waits_in <= up_to:
-            self._busy = None
-
-    @property
-    def _waits_in(self) -> QuorumId | None:
-        """The quorum of the collective that its training thread is in."""
-        is_elsewhere = self._busy is None or self._busy[0] in ("compute", "stopped", "together", "apply")
-        return None if is_elsewhere else self._issued_in
-
-    def _say(self, event: ReplicaEvent) -> None:
-        """From the training thread, in the middle of what it does."""
-        self._perform(self.replica.receive(event, self._world.now))
-        self._world.faults.reached(type(event).__name__, self)
 
     # ---- the training thread
 
@@ -180,6 +118,9 @@ class RankParty(Trainer):
         if self._try is not None and self._try != replica.batch:
             self._close()
             return True
+        if self._try is None and replica.has_begun:
+            self._begin()
+            return True
         is_done = self._try is None and self.team.ends_at is not None and replica.step >= self.team.ends_at
         if replica.has_left or is_done:
             self._script_has_ended = True
@@ -197,11 +138,23 @@ class RankParty(Trainer):
             return False
         return self._make(move)
 
+    def _fetched_all(self, move: Recover, fetched: Weights) -> None:
+        self._has_fetched(move.quorum)
+        self._take(move.lineage, fetched)
+        self._meets_in = move.quorum
+        self._report(StateRecovered(move.quorum.id))
+
     def _take(self, lineage: Lineage, weights: Weights) -> None:
         """Aside, until every rank has its part."""
         self._fetched = (lineage, weights)
 
     def _apply(self) -> None:
+        """Having let go of those who lent it, or lost them."""
+        quorum, self._meets_in = self._meets_in, None
+        if quorum is not None and (self._severed is None or self._severed < quorum.id):
+            self._mark(Activity.RECOVERING)
+            self._issue(quorum, "meet", None, lambda _: self._advance())
+            return
         self._world.faults.reached("Apply", self)
         lineage, weights = self._fetched
 
@@ -213,10 +166,15 @@ class RankParty(Trainer):
 
     def _begin(self) -> None:
         self._note_history()
-        replica = self.replica
-        if self.weights.step != replica.step:
+        replica, begun = self.replica, self._begin_batch()
+        self.team.began(self.name, self._number + 1, begun)
+        if begun.batch == replica.batch and self.weights.step != replica.step:
             raise Violation(f"{self.name} trains step {replica.step} with the weights of step {self.weights.step}")
-        self._try = self._begin_batch()
+        self._try = begun.batch
+        if self._world.script.is_sharded:
+            self._mark(Activity.COMPUTING)
+            self._change()
+            self._with_the_ranks(f"forward {self._number + 1}", None, lambda: None)
 
     def _note_history(self) -> None:
         """It may have founded one with what it has: its initial state, or what it applied of one that was lost."""
@@ -295,7 +253,17 @@ class RankParty(Trainer):
         self._world.faults.reached("Prepare", self)
         self._mark(Activity.COMPUTING)
         self._together += 1
-        self._busy = token = ("together", str(self._together))
+        self._prepared_for = tuple(self._results)
+
+        def done() -> None:
+            self._prepared()
+            then()
+
+        self._with_the_ranks(f"prepare {self._together}", self._try, done)
+
+    def _with_the_ranks(self, what: str, value: object, then: Callable[[], None]) -> None:
+        """A collective of the script's own, which ends when all ranks of this group are in it, and for nothing else."""
+        self._busy = token = ("together", what)
 
         def done() -> None:
             if not self.is_alive or self._busy is not token:
@@ -304,12 +272,10 @@ class RankParty(Trainer):
                 self._world.at(self.frozen_until, done)
                 return
             self._busy = None
-            self._prepared()
             then()
             self._advance()
 
-        self._prepared_for = tuple(self._results)
-        self.team.together(self._together, self, self._try, done)
+        self.team.together(what, self, value, done)
 
     def _prepared(self) -> None:
         if self._world.faults.wants_veto():
@@ -357,7 +323,7 @@ class RankParty(Trainer):
         raise Violation(f"{self.name} waits for nobody's agreement")
 
     @abc.abstractmethod
-    def _begin_batch(self) -> Try: ...
+    def _begin_batch(self) -> Beginning: ...
 
     @abc.abstractmethod
     def _end_batch(self, outcome: Outcome) -> None: ...

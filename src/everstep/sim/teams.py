@@ -8,11 +8,11 @@ import random
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from everstep.core.group import Batch, FromRank, GroupEnds, Outcome
+from everstep.core.group import Batch, Beginning, FromRank, GroupEnds, Outcome
 from everstep.core.moves import ReplicaConfig
 from everstep.core.types import Lineage, RefusalCode, natural_key
 from everstep.sim.checkers import Violation, Weights
-from everstep.sim.group_ends import FollowerParty, LeaderParty
+from everstep.sim.group_rank import GroupRank
 from everstep.sim.network import Channel
 from everstep.sim.party import Party
 from everstep.sim.ranks import RankParty
@@ -32,14 +32,16 @@ class Team:
         self.world = world
         self.name = name
         self.config = config
-        self.leader = LeaderParty(self, name, initial)
-        self.followers = [FollowerParty(self, f"{name}/{rank}", rank, initial) for rank in range(1, world.ranks)]
+        leader_type, follower_type = world.rank_types
+        self.leader = leader_type(self, name, initial)
+        self.followers = [follower_type(self, f"{name}/{rank}", rank, initial) for rank in range(1, world.ranks)]
         self.parties: list[RankParty] = [self.leader, *self.followers]
         self.ends_at: int | None = None  # the step at which the script's loop is done
         self._up = {party.rank: world.new_channel() for party in self.followers}
         self._down = {party.rank: world.new_channel() for party in self.followers}
         self._ended: dict[int, tuple[Batch, Outcome, Lineage | None]] = {}  # by the leader's script, by number
-        self._together: dict[int, dict[int, tuple[object, Callable[[], None]]]] = {}
+        self._begun: dict[int, Beginning] = {}  # by number
+        self._together: dict[str, dict[int, tuple[object, Callable[[], None]]]] = {}
         self._has_failed = False
         self._has_silent_end = False  # of a rank, whose connections stay open
 
@@ -70,7 +72,7 @@ class Team:
 
     # ---- its life
 
-    def rank_ended(self, ended: RankParty, *, is_noticed: bool) -> None:
+    def rank_ended(self, ended: GroupRank, *, is_noticed: bool) -> None:
         """The others see the connection close after what was sent on it, or instead of the last of it."""
         self._has_silent_end = self._has_silent_end or not is_noticed
         if not ended.has_left and not self._has_failed:
@@ -86,7 +88,7 @@ class Team:
         for peer, channel in ways:
             self._close(channel, peer, ended)
 
-    def _close(self, channel: Channel, peer: RankParty, ended: RankParty) -> None:
+    def _close(self, channel: Channel, peer: RankParty, ended: GroupRank) -> None:
         def closed() -> None:
             peer.deliver(lambda: peer.lose(ended))
 
@@ -96,7 +98,7 @@ class Team:
         else:
             self.world.after_delay("notice_of_death", lambda: channel.send(closed))
 
-    def fail(self, party: RankParty, detail: str) -> None:
+    def fail(self, party: GroupRank, detail: str) -> None:
         """`party` saw another rank's end: it cuts everything and goes; a leader tells the others."""
         if party is self.leader:
             self.to_followers(GroupEnds(detail))
@@ -137,15 +139,21 @@ class Team:
 
     # ---- what the ranks' scripts do together
 
-    def together(self, number: int, party: RankParty, value: object, then: Callable[[], None]) -> None:
-        """The script's own collective among these ranks: each issues its n-th, which must be about the same thing."""
-        arrived = self._together.setdefault(number, {})
+    def began(self, rank: str, number: int, begun: Beginning) -> None:
+        """What a rank draws depends on who is in the quorum."""
+        known = self._begun.setdefault(number, begun)
+        if known != begun:
+            raise Violation(f"{rank} begins batch {number} as {begun}, another rank of its group as {known}")
+
+    def together(self, what: str, party: RankParty, value: object, then: Callable[[], None]) -> None:
+        """The script's own collective among these ranks: each issues it, and it must be about the same thing."""
+        arrived = self._together.setdefault(what, {})
         for other, _ in arrived.values():
             if other != value:
                 raise Violation(f"the ranks of {self.name} prepare for {other} and {value}")
         arrived[party.rank] = (value, then)
         if len(arrived) == len(self.parties):
-            for _, resume in self._together.pop(number).values():
+            for _, resume in self._together.pop(what).values():
                 self.world.after_delay("collective", resume)
 
     def ended(self, party: RankParty, number: int, batch: Batch, outcome: Outcome) -> Lineage | None:
@@ -156,17 +164,20 @@ class Team:
             raise Violation(f"{party.name} ends batch {number} before its leader")
         if self._ended[number][:2] != (batch, outcome):
             raise Violation(f"{party.name} ends batch {number} as {batch}, {outcome}; its leader {self._ended[number]}")
+        if not outcome.committed and party.replica.evictions == batch.evictions:
+            self.world.aborted(party.name, batch.step)
         return self._ended[number][2]
 
 
 class Script:
     """What the training script does in each step; the same on every rank but where it `divides`."""
 
-    def __init__(self, seed: int, faults: "Injector") -> None:
+    def __init__(self, seed: int, faults: "Injector", *, is_sharded: bool) -> None:
         self._rng = random.Random(f"script {seed}")
         self._faults = faults
         self.has_before_step = self._rng.random() < 0.5
-        self._divides = self._rng.random() < 0.3
+        self.divides = self._rng.random() < 0.3
+        self.is_sharded = is_sharded  # its forward pass has a collective among the ranks of its group
 
     def reductions_of(self, step: int) -> int:
         return 2 if step % 3 == 2 else 1
@@ -177,7 +188,7 @@ class Script:
 
     def is_together(self) -> bool:
         """Whether this rank's step has its collective among the ranks: a GradScaler may skip it on one of them."""
-        skips = self._divides and not self._faults.is_calm and self._rng.random() < 0.05
+        skips = self.divides and not self._faults.is_calm and self._rng.random() < 0.05
         return self.has_before_step and not skips
 
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 from everstep.core.messages import Activity
 from everstep.core.moves import BarrierEnded, CollectiveFailed, Recover, StateRecovered
 from everstep.core.recovery_plan import Claim
-from everstep.core.types import Lineage, Quorum, QuorumId
+from everstep.core.types import Lineage, MemberId, Quorum, QuorumId
 from everstep.sim.checkers import TORN, Loan, Memory, Violation, Weights
 from everstep.sim.network import NoAnswer, Outcome
 from everstep.sim.party import Party
@@ -27,6 +27,7 @@ class Trainer(Party):
         self.is_torn = False  # what it trains is neither its old state nor a new one
         self._changes = 0  # of what it trains
         self._fetch: object = None  # the newest that is complete
+        self.fetched_in: QuorumId | None = None  # all of its part of the state; the newest
 
     def _mark(self, activity: Activity) -> None:
         self.replica.mark(activity, self._world.now)
@@ -111,7 +112,7 @@ class Trainer(Party):
 
     def _fetched_all(self, move: Recover, fetched: Weights) -> None:
         """Let go of those who lent it, and go on with it."""
-        self._world.faults.reached("Fetched", self)
+        self._has_fetched(move.quorum)
         newest = self._fetch = object()
 
         def met() -> None:
@@ -121,6 +122,10 @@ class Trainer(Party):
                 self._report(StateRecovered(move.quorum.id))
 
         self._issue(move.quorum, "meet", None, lambda _: met())
+
+    def _has_fetched(self, quorum: Quorum) -> None:
+        self.fetched_in = quorum.id
+        self._world.faults.reached("Fetched", self)
 
     def fail_fetch(self, move: Recover, why: str) -> None:
         self._report(CollectiveFailed(move.quorum.id, move.source, f"recovery: {why}"))
@@ -154,10 +159,17 @@ class Trainer(Party):
         self._world.checkers.lent(self.name, plan.lineage, self.weights)
         self._world.faults.reached("Lent", self)
         replica.book(replica.next_move(), self._world.now)
-        return self._keep_still(quorum)
+        return self._keep_still(quorum, [quorum.members[rank].id for rank in plan.source_of])
 
-    def _keep_still(self, quorum: Quorum) -> bool:
-        self._issue(quorum, "meet", None, lambda _: self._advance())
+    def _keep_still(self, quorum: Quorum, joiners: Sequence[MemberId]) -> bool:
+        def let_go() -> None:
+            ranks = range(self._world.ranks)
+            parties = [self._world.process_of(joiner, rank) for joiner in joiners for rank in ranks]
+            have_all = all(party is not None and party.fetched_in == quorum.id for party in parties)
+            self._world.checkers.let_go(self.name, quorum.id, have_all=have_all)
+            self._advance()
+
+        self._issue(quorum, "meet", None, lambda _: let_go())
         return True
 
     def _revoke(self) -> None:

@@ -16,6 +16,7 @@ from everstep.sim.agents import Agents
 from everstep.sim.budgets import CLIMATES, GROUPS_MANY, SLOW_TRANSFERS, Climate, Faults, Trigger
 from everstep.sim.checkers import Checkers, Violation, Weights
 from everstep.sim.faults import Injector
+from everstep.sim.group_ends import FollowerParty, LeaderParty
 from everstep.sim.lighthouse_node import LighthouseNode
 from everstep.sim.loans import Transfer
 from everstep.sim.network import Channel, Clock, Collectives, Delays
@@ -80,8 +81,10 @@ class World:
         ranks: int = 1,
         leader_type: type[Leader] = Leader,
         follower_type: type[Follower] = Follower,
+        rank_types: tuple[type[LeaderParty], type[FollowerParty]] = (LeaderParty, FollowerParty),
         agents: bool = False,
         lends: bool | None = None,
+        is_sharded: bool | None = None,
         process_type: type[Process] = Process,
         transfer_type: type[Transfer] = Transfer,
     ) -> None:
@@ -91,7 +94,7 @@ class World:
         self.clock = Clock()
         self.climate = climate or self.rng.choice(CLIMATES)
         spare = random.Random(f"lends {seed}")
-        self.lends = lends if lends is not None else spare.random() < 0.9 and ranks == 1  # docs/recovery.md
+        self.lends = lends if lends is not None else spare.random() < 0.9  # else a member of an older version is there
         if self.lends and climate is None and spare.random() < 0.3:
             self.climate = SLOW_TRANSFERS
         if groups >= GROUPS_MANY and climate is None:
@@ -105,6 +108,7 @@ class World:
         self.replica_type = replica_type
         self.leader_type = leader_type
         self.follower_type = follower_type
+        self.rank_types = rank_types
         self.lighthouse_type = lighthouse_type
         self.process_type = process_type
         self.transfer_type = transfer_type
@@ -117,7 +121,9 @@ class World:
             if agents:
                 faults = faults.with_those_of_agents(random.Random(f"agents' faults {seed}"))
         self.faults = Injector(self, faults, triggers)
-        self.script = Script(seed, self.faults)
+        if is_sharded is None:
+            is_sharded = random.Random(f"sharded {seed}").random() < 0.5
+        self.script = Script(seed, self.faults, is_sharded=is_sharded)
         self.keeps_gradients = self.rng.random() < 0.8
         self.freezes_on_notice = random.Random(f"proactive {seed}").random() < 0.9
         self.lighthouse = LighthouseNode(self, self._job_config())
@@ -213,6 +219,18 @@ class World:
         """It was told to, because its training thread stands still; something starts it again."""
         process.kill()
         self.after(0.1, lambda: self.restart(process.replica_id))
+
+    def aborted(self, who: str, step: int) -> None:
+        """The step after `step` counts on nobody: somebody voted no, as the schedule has it, or else it was lost.
+
+        One that is known to get lost is passed over (docs/groups.md): some ranks have completed their second reduction,
+        and some have not begun theirs, when a failure lets all keep what they have.
+        """
+        is_well = self.keeps_gradients and self.lighthouse.config.min_replicas == 1
+        if self.ranks > 1:
+            is_well = is_well and not self.script.divides and self.script.reductions_of(step) == 1
+        if is_well and "veto" not in self.faults.done:
+            raise Violation(f"{who} lost the computed step {step + 1}")
 
     # ---- the schedule
 

@@ -15,7 +15,7 @@ from types import TracebackType
 
 from everstep.config import GroupSettings, ManagerSettings
 from everstep.core.follower import Follower
-from everstep.core.group import Batch, FromRank, GroupEnds, Outcome, RankBeat, RankDrains, ToFollower, ToLeader
+from everstep.core.group import Beginning, FromRank, GroupEnds, Outcome, RankBeat, RankDrains, ToFollower, ToLeader
 from everstep.core.leader import Leader
 from everstep.core.moves import AskToLeave, Leave, ReplicaConfig
 from everstep.core.replica import Replica
@@ -130,10 +130,10 @@ class LeaderPresence(RankPresence):
         assert isinstance(self._replica, Leader)
         return self._replica
 
-    def begin_batch(self) -> Batch:
+    def begin_batch(self) -> Beginning:
         with self.changed:
             self.run(lambda _: self.leader.begin_batch())
-            return self.leader.batch
+            return self.leader.beginning()
 
     def agree(self, outcome: Outcome) -> Outcome:
         self.run(lambda _: self.leader.end_batch(outcome))
@@ -225,7 +225,7 @@ class FollowerPresence(RankPresence):
     def own_recovery(self) -> str:
         return self._recovery_url
 
-    def begin_batch(self) -> Batch:
+    def begin_batch(self) -> Beginning:
         with self.changed:
             return self.follower.begin_batch()
 

@@ -328,12 +328,12 @@ class Manager:
         self._steps().complete()
 
     def members(self) -> tuple[tuple[str, ...], str]:
-        """Members of the quorum in rank order, and this process among them, as `replica#incarnation`."""
-        presence = self._here()
-        with presence.changed:
-            quorum = presence.replica.quorum
-            ids = quorum.member_ids if quorum is not None else ()
-            return tuple(map(str, ids)), str(presence.replica.member)
+        """Whom samples are shared out among, in rank order, and this group among them, as `replica#incarnation`.
+
+        Within a step they are those that it was begun with, on every rank, whoever has died since.
+        """
+        begun = self._steps().drawn_among()
+        return tuple(map(str, begun.members)), str(begun.member)
 
     def group_place(self) -> tuple[int, int]:
         """This rank within its replica group, and how many there are."""

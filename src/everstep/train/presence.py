@@ -30,7 +30,7 @@ from everstep.collectives.store import HostedStore
 from everstep.collectives.with_lane import ProcessGroupWithLane
 from everstep.config import ManagerSettings
 from everstep.core.follower import Follower
-from everstep.core.group import Batch, Outcome
+from everstep.core.group import Beginning, Outcome
 from everstep.core.messages import Effect, Exit, Log, Send, Sever, Tell, ToMember
 from everstep.core.moves import (
     AskToLeave,
@@ -252,13 +252,12 @@ class Presence:
         return ""
 
     def rank_claim(self, claim: Claim) -> RankClaim:
-        meets = self.group_size == 1  # ranks that meet at different instants would begin a step in different quorums
-        return RankClaim(claim, self.group_size, self.own_recovery, meets=meets, transport=self.transport.name)
+        return RankClaim(claim, self.group_size, self.own_recovery, meets=True, transport=self.transport.name)
 
-    def begin_batch(self) -> Batch:
+    def begin_batch(self) -> Beginning:
         """The batch that the script begins; the same on every rank."""
         with self.changed:
-            return self.replica.batch
+            return self.replica.beginning()
 
     def agree(self, outcome: Outcome) -> Outcome:
         """How the batch ended; the same on every rank."""

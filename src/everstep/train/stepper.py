@@ -10,16 +10,14 @@ from collections.abc import Callable
 
 import torch
 
-from everstep.collectives.process_group import Membership, ReduceOp
+from everstep.collectives.process_group import ReduceOp
 from everstep.collectives.step_journal import Reduction, StepJournal
-from everstep.core.group import Batch, Outcome
+from everstep.core.group import Beginning, Outcome
 from everstep.core.messages import Activity, Effect
 from everstep.core.moves import (
     Applied,
     Apply,
-    BarrierEnded,
     Build,
-    CollectiveFailed,
     Deciding,
     GradientsReduced,
     MoreReductions,
@@ -29,25 +27,20 @@ from everstep.core.moves import (
     ReadyToJoin,
     Recover,
     Reduce,
-    StateRecovered,
     Vote,
     VoteCast,
     VoteEnded,
     Wait,
 )
-from everstep.core.recovery_plan import Claim
 from everstep.core.types import MemberId, Quorum, QuorumId
-from everstep.errors import GroupDrained, PeerLost, RecoveryFailed, StepInterrupted
-from everstep.train.claims import check_sizes, pack, unpack
+from everstep.errors import GroupDrained
 from everstep.train.header import Contribution, HeaderCarrier, StepHeader
 from everstep.train.phases import REDUCTION, VOTE
 from everstep.train.presence import Presence
 from everstep.train.recovering import Recovery
-from everstep.train.transports import Roll, check_same_transport
+from everstep.train.settling import WAIT_SLICE_S, Settler, reporting
 
-WAIT_SLICE_S = 0.5  # so that Python runs signal handlers while it waits
 SAY_WAITING_AFTER_S = 1.0
-FETCH_AGAIN_S = (0.05, 2.0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,25 +63,23 @@ class Stepper:
     def __init__(self, presence: Presence, recovery: Recovery, contribution: Callable[[], Contribution]) -> None:
         self._presence = presence
         self._recovery = recovery
+        self._settler = Settler(presence, recovery)
         self._contribution = contribution
         self._journal = StepJournal()
         self._header: StepHeader | None = None
-        self._batch: Batch | None = None
+        self._begun: Beginning | None = None
         self._before_vote: Callable[[], str] = lambda: ""
         self._is_prepared = False  # before_vote ran for the reduction at hand
         self._objection = ""
         self._has_asked_to_join = False
         self._said = ""  # what it was last said to wait for
-        self._fetch_again_s = FETCH_AGAIN_S[0]
-        self._roll: Roll | None = None  # where each member's rank of this group rank serves its state
-        self._meets = False  # every member of the quorum: when the joiners have the state, before anybody goes on
 
     # ---- what the rest of train/ calls
 
     @property
     def is_open(self) -> bool:
         """Something was reduced, or is being reduced, since the last decision."""
-        return self._batch is not None and len(self._journal) > 0
+        return self._begun is not None and len(self._journal) > 0
 
     @property
     def replays(self) -> int:
@@ -99,18 +90,27 @@ class Stepper:
         """Everybody's, once the step is reduced."""
         return tuple(self._header.contributions.values()) if self._header is not None else ()
 
-    def begin(self) -> None:
-        """Be a settled member that holds the state: joins, recovers, builds as needed. Cheap when nothing is to do."""
-        if self._batch is not None:
-            return
+    def drawn_among(self) -> Beginning:
+        """Whom the batch at hand was begun with; before that, whom it would be begun with now."""
         with self._presence.changed:
-            if self._presence.replica.has_left or self._presence.leaves_alone:
+            return self._begun or self._presence.replica.beginning()
+
+    def begin(self) -> None:
+        """Be a settled member that holds the state: joins, recovers, builds as needed. Cheap when nothing is to do.
+
+        A follower begins what its leader has begun, settled or not: the leader's script may wait for this one's.
+        """
+        if self._begun is not None:
+            return
+        replica = self._presence.replica
+        with self._presence.changed:
+            if self._presence.leaves_alone or (replica.has_left and not replica.has_begun):
                 raise GroupDrained
         if not self._has_asked_to_join:
             self._has_asked_to_join = True
             self._presence.feed(ReadyToJoin())
-        self._drive(lambda move: isinstance(move, Reduce))
-        self._batch = self._presence.begin_batch()
+        self._drive(lambda move: isinstance(move, Reduce) or replica.has_begun)
+        self._begun = self._presence.begin_batch()
 
     def append(self, reduction: Reduction) -> None:
         """Add a reduction to the step and, where the group is up, issue it at once."""
@@ -129,7 +129,8 @@ class Stepper:
         if not isinstance(move, Reduce) or self._journal.issued_in not in (None, move.quorum.id):
             return  # a failure is being handled: the journal is issued when it is resolved
         self._journal.enter(move.quorum.id)
-        self._try(move.quorum.id, lambda: self._journal.issue_pending(self._presence.group, move.quorum))
+        with reporting(self._presence, move.quorum.id):
+            self._journal.issue_pending(self._presence.group, move.quorum)
 
     def complete(self) -> None:
         """Block until every reduction so far has its result in place, or the step is decided against this batch."""
@@ -195,24 +196,27 @@ class Stepper:
     def _make(self, move: Move, until: Callable[[], bool] | None) -> None:
         match move:
             case Build(quorum, claim):
-                self._try(quorum.id, lambda: self._settle(quorum, claim))
+                with reporting(self._presence, quorum.id):
+                    self._settler.settle(quorum, claim)
             case Recover():
                 self._mark(Activity.RECOVERING)
-                self._fetch(move)
+                self._settler.fetch(move)
                 self._mark(Activity.WAITING)
             case Apply():
                 self._mark(Activity.RECOVERING)
-                self._recovery.apply()
+                self._settler.apply()
                 self._presence.feed(Applied())
                 self._mark(Activity.WAITING)
             case Reduce(quorum):
                 self._presence.phases.enter(REDUCTION)
-                self._try(quorum.id, lambda: self._reduce(quorum, until))
+                with reporting(self._presence, quorum.id):
+                    self._reduce(quorum, until)
             case Prepare():
                 self._prepare()
                 self._presence.feed(Prepared())
             case Vote(quorum, must_be_no):
-                self._try(quorum.id, lambda: self._vote(quorum, must_be_no))
+                with reporting(self._presence, quorum.id):
+                    self._vote(quorum, must_be_no)
 
     def _wait(self, move: Wait, since: float) -> float:
         """Under the lock, which waiting gives up."""
@@ -224,80 +228,6 @@ class Stepper:
             self._presence.log.warning("waiting for %s", move.why)
         self._presence.changed.wait(WAIT_SLICE_S)
         return since
-
-    def _try(self, quorum_id: QuorumId, operate: Callable[[], None]) -> None:
-        try:
-            operate()
-        except PeerLost as error:
-            self._presence.feed(CollectiveFailed(quorum_id, error.peer, _first_line(error)))
-        except StepInterrupted as error:
-            self._presence.feed(CollectiveFailed(quorum_id, None, _first_line(error)))
-
-    def _settle(self, quorum: Quorum, claim: Claim) -> None:
-        presence = self._presence
-        if claim.lineage is not None:
-            self._recovery.check_whole()
-        with presence.changed:
-            rank = presence.replica.rank
-        if rank is None:
-            return
-        group = presence.group
-        membership = Membership(
-            quorum_id=quorum.id,
-            rank=rank,
-            size=len(quorum.members),
-            store=quorum.store,
-            timeout_s=presence.replica.config.collective_timeout_s,
-            prefix=presence.rank_prefix,
-        )
-        group.configure(membership)
-        gathered = group.allgather(pack(presence.rank_claim(claim)))
-        claims = tuple(map(unpack, gathered))
-        check_sizes(claims, rank)
-        check_same_transport(claims, rank)
-        addresses = tuple(c.recovery or m.recovery for c, m in zip(claims, quorum.members, strict=True))
-        self._roll = Roll(quorum=quorum, rank=rank, addresses=addresses, prefix=presence.rank_prefix)
-        self._meets = all(c.meets for c in claims)
-        presence.feed(BarrierEnded(quorum.id, tuple(c.claim for c in claims)))
-        with presence.changed:
-            replica = presence.replica
-            while replica.awaits_plan and replica.quorum == quorum:  # for the other ranks of this group
-                presence.check()
-                presence.changed.wait(WAIT_SLICE_S)
-            is_current = replica.quorum is not None and replica.quorum.id == quorum.id
-            plan = replica.plan if is_current and not replica.is_frozen else None
-        if plan is not None:
-            group.release_previous()
-            presence.replica.open_section("snapshot")
-            self._recovery.offer(self._roll, plan, is_lent=self._meets)
-            presence.replica.close_section(time.monotonic())
-            if self._meets and plan.source_of and rank not in plan.source_of:
-                self._recovery.await_joiners()
-
-    def _fetch(self, move: Recover) -> None:
-        quorum_id = move.quorum.id
-        try:
-            assert self._roll is not None
-            self._recovery.fetch(move, self._roll)
-        except StepInterrupted:
-            return  # frozen: the machine has left this quorum already
-        except RecoveryFailed as error:
-            self._presence.log.warning("recovery failed: %s; trying again in %.2f s", error, self._fetch_again_s)
-            self._presence.feed(CollectiveFailed(quorum_id, move.source, f"recovery: {_first_line(error)}"))
-            with self._presence.changed:
-                self._presence.changed.wait(self._fetch_again_s)
-            self._fetch_again_s = min(2 * self._fetch_again_s, FETCH_AGAIN_S[1])
-            return
-        self._fetch_again_s = FETCH_AGAIN_S[0]
-        self._try(quorum_id, lambda: self._take_over(quorum_id))
-
-    def _take_over(self, quorum_id: QuorumId) -> None:
-        """The state is here, whole: let go of who lent it, and go on with it."""
-        if self._meets:
-            self._recovery.meet()
-        if self._presence.group_size == 1:
-            self._recovery.apply()
-        self._presence.feed(StateRecovered(quorum_id))
 
     def _reduce(self, quorum: Quorum, until: Callable[[], bool] | None) -> None:
         journal = self._journal
@@ -349,7 +279,7 @@ class Stepper:
 
     def _is_decided(self) -> bool:
         """Under the lock: the machine has moved past the batch at hand."""
-        return self._batch is not None and self._batch != self._presence.replica.batch
+        return self._begun is not None and self._begun.batch != self._presence.replica.batch
 
     def _reopen(self) -> None:
         """Under the lock: one more reduction belongs to a step that looked complete."""
@@ -357,8 +287,8 @@ class Stepper:
             self._presence.feed(MoreReductions())
 
     def _close(self) -> Decision:
-        batch, header = self._batch, self._header
-        assert batch is not None
+        assert self._begun is not None
+        batch, header = self._begun.batch, self._header
         with self._presence.changed:
             replica = self._presence.replica
             is_committed = replica.evictions == batch.evictions and replica.step == batch.step + 1
@@ -368,7 +298,7 @@ class Stepper:
         outcome = self._presence.agree(Outcome(is_committed, step, why))
         contributions = header.contributions if header is not None and outcome.committed else {}
         self._journal.clear()
-        self._header, self._batch, self._objection, self._is_prepared = None, None, "", False
+        self._header, self._begun, self._objection, self._is_prepared = None, None, "", False
         self._presence.phases.step_ended()
         if outcome.committed:
             self._recovery.withdraw()
@@ -378,10 +308,6 @@ class Stepper:
         if is_evicted:
             return "this member was left out of the quorum while it was away; it recovers the state from its peers"
         return self._presence.replica.objection or self._objection or "another member voted no"
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).partition("\n")[0][:200]
 
 
 def _number(quorum_id: QuorumId) -> int:
