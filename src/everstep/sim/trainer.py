@@ -27,7 +27,7 @@ class Trainer(Party):
         self.is_torn = False  # what it trains is neither its old state nor a new one
         self._changes = 0  # of what it trains
         self._fetch: object = None  # the newest that is complete
-        self.fetched_in: QuorumId | None = None  # all of its part of the state; the newest
+        self.fetched_in: set[QuorumId] = set()  # all of its part of the state
 
     def _mark(self, activity: Activity) -> None:
         self.replica.mark(activity, self._world.now)
@@ -124,7 +124,7 @@ class Trainer(Party):
         self._issue(move.quorum, "meet", None, lambda _: met())
 
     def _has_fetched(self, quorum: Quorum) -> None:
-        self.fetched_in = quorum.id
+        self.fetched_in.add(quorum.id)
         self._world.faults.reached("Fetched", self)
 
     def fail_fetch(self, move: Recover, why: str) -> None:
@@ -165,7 +165,7 @@ class Trainer(Party):
         def let_go() -> None:
             ranks = range(self._world.ranks)
             parties = [self._world.process_of(joiner, rank) for joiner in joiners for rank in ranks]
-            have_all = all(party is not None and party.fetched_in == quorum.id for party in parties)
+            have_all = all(party is not None and quorum.id in party.fetched_in for party in parties)
             self._world.checkers.let_go(self.name, quorum.id, have_all=have_all)
             self._advance()
 
