@@ -35,7 +35,7 @@ from everstep.core.group import (
     ToLeader,
     View,
 )
-from everstep.core.messages import Effect, Heartbeat, Notice, Send, Sever, Tell, ToMember
+from everstep.core.messages import Effect, Heartbeat, Send, Sever, Tell, ToMember
 from everstep.core.moves import (
     Applied,
     Apply,
@@ -286,13 +286,6 @@ class Leader(Replica):
         if not self.has_everyone_left:
             return []
         return [*super().receive(Leave(self._ranks_left[OWN]), now), Tell(AllLeft())]
-
-    def _freeze(self, message: Notice) -> list[Effect]:
-        """A group that puts notices off gets here when a collective failed on one rank: that frees the others, too."""
-        cut: list[Effect] = []
-        if self.quorum is not None and self.lineage is not None and not self.config.freezes_on_notice:
-            cut.append(Sever(self.quorum.id))
-        return cut + super()._freeze(message)
 
     # ---- after every event
 
