@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from everstep.errors import ConfigError, RemoteProtocolError, StepInterrupted
+from everstep.errors import ConfigError, PeerLost, RemoteProtocolError, StepInterrupted
 from everstep.recovery.auth import TransferAuth
 from everstep.recovery.conversation import (
     DIGESTS_AT_ONCE,
@@ -85,8 +85,10 @@ def _give(peers: Peers, gift: Gift) -> None:
         if gift.has_notary:
             notary.start()
         server.serve()
-    except (StepInterrupted, RemoteProtocolError) as error:
+    except (PeerLost, RemoteProtocolError) as error:
         logger.info("recovery: serving %s ended: %s", gift.joiner, error)
+    except StepInterrupted:  # it was withdrawn: the joiner has the state, or this donor had to go on without it
+        logger.info("recovery: no longer serving %s", gift.joiner)
     except ConfigError as error:
         logger.warning("recovery: %s cannot be served: %s", gift.joiner, error)
     finally:
