@@ -15,7 +15,7 @@ from everstep.monitor.stacks import dump, dump_all
 if TYPE_CHECKING:
     from everstep.monitor.reader import WatchedRank
 
-DUMP_S = 0.2  # of the rank that hangs; usual: a few ms
+DUMP_S = 0.2  # of the rank that hangs; usual: a few ms; longer where it gets no processor (stacks.STARVED_S)
 DUMP_OTHERS_S = 0.02
 OTHERS_MAX = 16
 
