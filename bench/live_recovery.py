@@ -181,6 +181,7 @@ def transfers(mib: int, times: int, count: int, rival: "Receiver | None", own: d
         "gb_s": {name: (mib << 20) / statistics.median(took) / 1e9 for name, took in seconds.items()},
         "of_bare": {name: _ratio(seconds["bare"], took) for name, took in seconds.items()},
         "of_one": _ratio(seconds["one"], seconds["donors"]),
+        "of_one_quartiles": _quartiles(seconds["one"], seconds["donors"]),
         "of_rival": min(
             (_ratio(took, seconds["one"]) for name, took in seconds.items() if "torchft" in name), default=0
         ),
@@ -191,6 +192,13 @@ def transfers(mib: int, times: int, count: int, rival: "Receiver | None", own: d
 def _ratio(theirs: list[float], ours: list[float]) -> float:
     """How many times as fast, the median over the rounds."""
     return statistics.median(their / our for their, our in zip(theirs, ours, strict=True))
+
+
+def _quartiles(theirs: list[float], ours: list[float]) -> tuple[float, float]:
+    """Of the same: between these are half of the rounds."""
+    ratios = [their / our for their, our in zip(theirs, ours, strict=True)]
+    low, _, high = statistics.quantiles(ratios, n=4, method="inclusive") if len(ratios) > 1 else ratios * 3
+    return low, high
 
 
 def _bare(port: int, target: torch.Tensor) -> float:
@@ -315,6 +323,8 @@ def tell(result: dict[str, Any], options: argparse.Namespace) -> None:
     print(f"\n{'':>40}  measured  aim   at least (at most)")
     for what, measured, aim, least in rows:
         print(f"{what:>40}  {measured:>8}  {aim:>4}  {least:>4}")
+    low, high = result["of_one_quartiles"]
+    print(f"half of the rounds with {options.donors} donors: {low:.2f} to {high:.2f} of one")
 
 
 def main() -> None:

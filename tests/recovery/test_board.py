@@ -6,7 +6,7 @@ import pytest
 
 from everstep.recovery.board import RUN_CHUNKS_MAX, Board
 
-TRUE, OTHER = b"true", b"othr"
+TRUE, OTHER, DAMAGED = b"true", b"othr", b"dmgd"
 
 
 def test_one_source_is_asked_for_everything_at_once() -> None:
@@ -33,6 +33,45 @@ def test_a_chunk_of_another_source_counts_once_the_primary_says_the_same() -> No
     assert board.claim(0, 2.0) == range(1, 2)
     board.landed(0, 1, TRUE, 3.0)
     assert board.is_complete
+
+
+def test_what_differs_is_fetched_again_with_its_senders_digest_which_tells_damage_from_difference() -> None:
+    board = Board(2, 3)
+    board.appoint(0)
+    assert board.needs_digests(0, range(2))
+    for source, chunk in ((1, 0), (2, 1)):
+        run = board.claim(source, 0.0)
+        assert run == range(chunk, chunk + 1)
+        assert not board.needs_digests(source, run)
+        assert not board.landed(source, chunk, OTHER, 1.0, is_vouched_for=False)
+    board.learn(0, [TRUE, TRUE])
+    assert (board.done, board.differing) == (0, 0)
+    assert board.claim(0, 1.0) is None, "who sent it shall say what it was"
+    assert board.claim(1, 1.0) == range(1)
+    assert board.needs_digests(1, range(1))
+    assert board.landed(1, 0, TRUE, 2.0), "it had been damaged on its way"
+    assert board.needs_digests(1, range(1, 2)), "from now on"
+    assert board.claim(2, 1.0) == range(1, 2)
+    assert not board.landed(2, 1, OTHER, 2.0)
+    assert (board.done, board.differing) == (1, 1)
+    assert not board.needs_digests(2, range(1))
+    assert board.claim(0, 2.0) == range(1, 2)
+
+
+def test_what_differed_from_one_that_is_lost_before_it_could_say_why_goes_to_the_others() -> None:
+    for was_lost_before in (True, False):
+        board = Board(1, 2)
+        board.appoint(0)
+        assert board.claim(1, 0.0) == range(1)
+        board.landed(1, 0, OTHER, 1.0, is_vouched_for=False)
+        if was_lost_before:
+            board.lose(1)
+        board.learn(0, [TRUE])
+        if not was_lost_before:
+            board.lose(1)
+        assert board.claim(0, 1.0) == range(1)
+        board.landed(0, 0, TRUE, 2.0)
+        assert board.is_complete
 
 
 def test_what_a_lost_primary_sent_stays_if_its_heir_says_the_same() -> None:
@@ -153,6 +192,7 @@ def test_whatever_happens_every_chunk_ends_as_the_primary_has_it_and_no_two_writ
     live = list(range(sources))
     owed: dict[int, list[int]] = {number: [] for number in live}
     have: list[bytes] = [b""] * count
+    with_digests = [True] * sources  # of what is owed
     told, now = 0, 0.0
     board.appoint(0)
     for _ in range(6_000):
@@ -185,12 +225,14 @@ def test_whatever_happens_every_chunk_ends_as_the_primary_has_it_and_no_two_writ
             if rng.random() < 0.05:
                 board.damaged(number, chunk, now)
             else:
-                have[chunk] = truth[number][chunk]
-                board.landed(number, chunk, have[chunk], now)
+                is_vouched_for = with_digests[number] or rng.random() < 0.1
+                have[chunk] = DAMAGED if not is_vouched_for and rng.random() < 0.05 else truth[number][chunk]
+                board.landed(number, chunk, have[chunk], now, is_vouched_for=is_vouched_for)
         elif (run := board.claim(number, now)) is not None:
             assert len(run) <= RUN_CHUNKS_MAX or len(live) == 1 or number == board.primary
             assert not set(run) & {chunk for chunks in owed.values() for chunk in chunks}
             owed[number] = list(run)
+            with_digests[number] = board.needs_digests(number, run)
         elif (victim := board.victim_of(number, now)) is not None:
             assert owed[victim]
             owed[victim] = []

@@ -18,7 +18,7 @@ from everstep.recovery.manifest import decode
 from everstep.recovery.readers import Readers
 from everstep.recovery.same_host import PeerMemory, Readable
 from tests.recovery.trees import assert_same, raw_tensor
-from tests.recovery.wires import AUTH, KEY, Proxy, Running, flipping, request_to, serving, state_of
+from tests.recovery.wires import AUTH, DEADLINE_S, KEY, Proxy, Running, flipping, request_to, serving, state_of
 from tests.support.waiting import wait_until
 
 CHUNK_BYTES = 1 << 16
@@ -149,6 +149,42 @@ def test_a_flipped_bit_is_fetched_again_and_never_loaded() -> None:
     with donors(state, state) as offered, Proxy(offered[0][1], flipping(1 << 17)) as proxy:
         fetch = fetch_from([proxy.url, offered[1][1]])
         assert_same(fetch.run(), state)
+
+
+def test_a_bit_flipped_on_the_way_from_a_donor_that_sends_no_digests_is_counted_all_the_same() -> None:
+    state, sends = state_of(MIB), threading.Event()
+    with donors(state) as ((_, url),), RecoveryServer() as other:
+        other_url = other.start("127.0.0.1", "127.0.0.1")
+
+        def hold(offset: int, data: bytes) -> bytes:
+            """The primary waits until the other one sends, too."""
+            if offset > 2 * CHUNK_BYTES and not sends.is_set():
+                other.offer(KEY, Snapshot.lend(state, CHUNK_BYTES))
+                assert sends.wait(DEADLINE_S)
+            return data
+
+        def flip(offset: int, data: bytes) -> bytes | None:
+            is_bare = any(b"Everstep-Digests: no" in asked for asked in damaging.asked)
+            if not is_bare or sends.is_set() or len(data) < 1024:
+                return data
+            sends.set()
+            return flipping(offset + len(data) - 1)(offset, data)
+
+        with Proxy(url, hold) as holding, Proxy(other_url, flip) as damaging:
+            fetch = fetch_from([holding.url, damaging.url])
+            assert_same(fetch.run(), state)
+    assert sends.is_set()
+    assert (fetch.report.digest_errors, fetch.report.differing) == (1, 0)
+
+
+def test_a_donor_of_a_version_that_always_sends_digests_serves_beside_others() -> None:
+    state = state_of(MIB)
+    with donors(state, state) as ((_, url), (_, old_url)):
+        with Proxy(old_url, lambda _, data: data, without=b"Everstep-Digests: no\r\n") as old:
+            fetch = fetch_from([url, old.url])
+            assert_same(fetch.run(), state)
+    assert len(fetch.report.bytes_from) == 2
+    assert not fetch.report.lost
 
 
 def test_a_state_that_does_not_fit_is_refused_whoever_offers_it() -> None:

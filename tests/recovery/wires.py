@@ -81,12 +81,13 @@ class Running:
 class Proxy:
     """Passes connections on to `url`; `tamper(offset, data)` makes of the source's bytes what arrives.
 
-    None for bytes cuts the connection there. It runs until the context ends.
+    None for bytes cuts the connection there. `without`: what it takes out of requests. It runs until the context ends.
     """
 
-    def __init__(self, url: str, tamper: Tamper) -> None:
+    def __init__(self, url: str, tamper: Tamper, without: bytes = b"") -> None:
         self._target = urlsplit(url)
         self._tamper = tamper
+        self._without = without
         self._listener = socket.create_server(("127.0.0.1", 0))
         self._stop, self._stopped = socket.socketpair()
         self._thread = threading.Thread(target=self._run, name="proxy")
@@ -131,7 +132,7 @@ class Proxy:
                 if not (asked := near.recv(1 << 16)):
                     return
                 self.asked.append(asked)
-                far.sendall(asked)
+                far.sendall(asked.replace(self._without, b"") if self._without else asked)
             if far in ready:
                 if not (answer := far.recv(1 << 16)):
                     return

@@ -7,6 +7,9 @@ counts only if its digest is the primary's; else the primary's is fetched.
     free ──claim──> claimed ──landed──> unconfirmed ──the primary's digest is the same──> done
      ^                 │ damaged, given back, stolen       │ differs: from the primary only
      └─────────────────┴───────────────────────────────────┘
+
+What is hashed by who receives it and by the primary need not be hashed by who sends it. Only when the two differ does
+it matter whether the sender's bytes do, or the wire's: then the chunk is fetched from him again, with his digest.
 """
 
 from dataclasses import dataclass, field
@@ -20,6 +23,8 @@ STEAL_S = 0.1  # and by how much at least: cutting a connection costs something,
 class _Source:
     is_lost: bool = False
     is_slow: bool = False  # it was robbed: it serves again when nobody else is left
+    is_doubted: bool = False  # something of it arrived damaged: it shall send its digests
+    again: list[int] = field(default_factory=list)  # chunks to fetch with its digest
     claimed: list[int] = field(default_factory=list)  # still to come, in order
     since: float = 0.0  # of the claim, or of its latest chunk
     busy_s: float = 0.0
@@ -46,6 +51,8 @@ class Board:
         self._digests: list[bytes | None] = [None] * chunk_count  # of what has landed
         self._truth: list[bytes | None] = [None] * chunk_count
         self._is_done = [False] * chunk_count
+        self._sent_by: dict[int, int] = {}  # without a digest of who sent it
+        self._differed: dict[int, bytes] = {}  # from the primary's; to be had again from who had sent it
         self._is_distrusted = False  # the primary's digests come no more, but with what it sends itself
         self._sources = [_Source() for _ in range(source_count)]
 
@@ -69,6 +76,9 @@ class Board:
         self._is_done = [False] * self.chunk_count
         self._for_primary = []
         self._primary_only = set()
+        self._differed = {}
+        for it in self._sources:
+            it.again = []
         claimed = {chunk for source in self._sources for chunk in source.claimed}
         missing = [c for c in range(self.chunk_count) if self._digests[c] is None and c not in claimed]
         self._free = missing[::-1]
@@ -81,8 +91,8 @@ class Board:
     def give_back(self, source: int) -> None:
         """Its connection ended: others may have what it had claimed."""
         it = self._sources[source]
-        self._put_back(*it.claimed)
-        it.claimed = []
+        self._put_back(*it.claimed, *it.again)
+        it.claimed, it.again = [], []
 
     # ---- work
 
@@ -91,6 +101,9 @@ class Board:
         it = self._sources[source]
         if source == self.primary and self._for_primary:
             chunk = self._for_primary.pop()
+            return self._claimed(it, range(chunk, chunk + 1), now)
+        if it.again:
+            chunk = it.again.pop()
             return self._claimed(it, range(chunk, chunk + 1), now)
         if self._is_distrusted and source != self.primary:
             return None
@@ -104,20 +117,35 @@ class Board:
             end = self._free.pop() + 1
         return self._claimed(it, range(first, end), now)
 
-    def landed(self, source: int, chunk: int, digest: bytes, now: float) -> None:
-        """It is whole, with this digest."""
+    def needs_digests(self, source: int, chunks: range) -> bool:
+        """Of what it claimed: from the primary they are the truth, from others they tell damage from difference."""
+        is_unsure = source == self.primary or self._sources[source].is_doubted
+        return is_unsure or any(chunk in self._differed for chunk in chunks)
+
+    def landed(self, source: int, chunk: int, digest: bytes, now: float, *, is_vouched_for: bool = True) -> bool:
+        """It is there, with this digest; `is_vouched_for`: the source has said the same one.
+
+        Returns whether it had come from the same source before, and was damaged on its way then.
+        """
         self._took(source, chunk, now)
+        before = self._differed.pop(chunk, digest)
         self._digests[chunk] = digest
-        if source == self.primary:
+        self._sent_by.pop(chunk, None)
+        if not is_vouched_for:
+            self._sent_by[chunk] = source
+        elif source == self.primary:
             self._truth[chunk] = digest
         self._judge(chunk)
         if self._is_distrusted:
             self._doubt(chunk)
+        self._sources[source].is_doubted |= before != digest
+        return before != digest
 
     def damaged(self, source: int, chunk: int, now: float) -> None:
         """It arrived other than it was sent: once more."""
         self._took(source, chunk, now)
         self._sources[source].chunks -= 1
+        self._sources[source].is_doubted = True
         self._put_back(chunk)
 
     def learn(self, first: int, digests: list[bytes]) -> None:
@@ -170,6 +198,7 @@ class Board:
 
     def _put_back(self, *chunks: int) -> None:
         for chunk in reversed(chunks):
+            self._differed.pop(chunk, None)
             (self._for_primary if chunk in self._primary_only else self._free).append(chunk)
 
     def _claimed(self, it: _Source, chunks: range, now: float) -> range:
@@ -187,11 +216,18 @@ class Board:
         have, truth = self._digests[chunk], self._truth[chunk]
         if have is None or truth is None or self._is_done[chunk]:
             return
+        sender = self._sent_by.pop(chunk, None)
         if have == truth:
             self._is_done[chunk] = True
             self.done += 1
-        else:
+            return
+        self._digests[chunk] = None
+        if sender is None:
             self.differing += 1
-            self._digests[chunk] = None
             self._primary_only.add(chunk)
             self._put_back(chunk)
+        elif self._sources[sender].is_lost or self._sources[sender].is_slow:
+            self._put_back(chunk)
+        else:
+            self._differed[chunk] = have
+            self._sources[sender].again.append(chunk)

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from everstep.recovery.manifest import Manifest
 from everstep.recovery.same_host import PeerMemory
@@ -32,10 +32,10 @@ class Connection(Protocol):
     def memory(self, manifest: Manifest, snapshot_id: str) -> PeerMemory | None:
         """The source's own, where it can be read from here."""
 
-    def ask_for_chunks(self, manifest: Manifest, snapshot_id: str, chunks: range) -> None:
-        """Then `receive` each of them, in order."""
+    def ask_for_chunks(self, manifest: Manifest, snapshot_id: str, chunks: range, *, with_digests: bool = True) -> None:
+        """Then `receive` each of them, in order. `with_digests` False: the source need not look at what it sends."""
 
-    def receive(self, pieces: Sequence[Piece]) -> tuple[bytes, bytes]:
+    def receive(self, pieces: Sequence[Piece]) -> tuple[bytes | None, bytes]:
         """One chunk into its place; returns the digest that the source sent with it, and that of what arrived."""
 
     def ask_for_digests(self, snapshot_id: str, chunks: range) -> None:
@@ -43,6 +43,15 @@ class Connection(Protocol):
 
     def digests(self, count: int) -> Iterator[list[bytes]]:
         """In order, some at a time."""
+
+
+class Run(NamedTuple):
+    """What one source shall send next."""
+
+    chunks: range
+    manifest: Manifest
+    snapshot_id: str
+    needs_digests: bool
 
 
 @dataclass(frozen=True, kw_only=True)

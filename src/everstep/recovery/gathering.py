@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from everstep.errors import EverstepError, RecoveryFailed, RemoteProtocolError, StateMismatch
 from everstep.recovery.assembly import Assembly, plain_leaf
 from everstep.recovery.board import Board
-from everstep.recovery.connection import Connection, Wanted
+from everstep.recovery.connection import Connection, Run, Wanted
 from everstep.recovery.fit import check_fit
 from everstep.recovery.landing import Landing
 from everstep.recovery.manifest import Manifest, build, have_same_layout
@@ -192,7 +192,7 @@ class Gathering:
         """It has offered the state; if it does so no more, it has withdrawn it."""
         return bool(self.sources[number].snapshot_id)
 
-    def next_run(self, number: int) -> tuple[range, Manifest, str] | None:
+    def next_run(self, number: int) -> Run | None:
         """Blocks until there is something to fetch; None when it is over, or this source is too slow to be of use."""
         with self.changed:
             source = self.sources[number]
@@ -202,7 +202,7 @@ class Gathering:
                 now = time.monotonic()
                 run = self._board.claim(number, now)
                 if run is not None:
-                    return run, source.manifest, source.snapshot_id
+                    return Run(run, source.manifest, source.snapshot_id, self._board.needs_digests(number, run))
                 if not self._board.is_wanted(number):
                     return None
                 victim = self._board.victim_of(number, now) if self.request.dial is None else None
@@ -221,11 +221,12 @@ class Gathering:
     def pieces_of(self, chunk: int) -> list[Piece]:
         return self._pieces[chunk]
 
-    def landed(self, number: int, chunk: int, sent: bytes, digest: bytes) -> None:
+    def landed(self, number: int, chunk: int, sent: bytes | None, digest: bytes) -> None:
+        """`sent`: what the source says of it; None when it says nothing, and the primary's digest decides."""
         with self.changed:
             source, now = self.sources[number], time.monotonic()
             assert self._board is not None
-            if sent != digest:
+            if sent is not None and sent != digest:
                 self.report.digest_errors += 1
                 self._board.damaged(number, chunk, now)
                 source.damaged_in_a_row += 1
@@ -234,8 +235,12 @@ class Gathering:
                 if source.damaged_in_a_row >= DAMAGED_MAX:
                     raise RecoveryFailed(f"{what}, and so did those before it")
             else:
-                source.damaged_in_a_row = 0
-                self._board.landed(number, chunk, digest, now)
+                if sent is not None:
+                    source.damaged_in_a_row = 0
+                was_damaged = self._board.landed(number, chunk, digest, now, is_vouched_for=sent is not None)
+                if was_damaged:
+                    self.report.digest_errors += 1
+                    logger.warning("recovery: chunk %d from %s had arrived damaged; it is whole now", chunk, source.url)
                 size = sum(len(piece) for piece in self._pieces[chunk])
                 self.report.bytes_from[source.url] = self.report.bytes_from.get(source.url, 0) + size
             self._tell()
@@ -360,24 +365,22 @@ class Worker:
         gathering.admit(number, offered, its_id)
         memory = connection.memory(offered, its_id) if self._may_read_memory else None
         while (todo := gathering.next_run(number)) is not None:
-            chunks, manifest, snapshot_id = todo
             if memory is not None:
                 self._read(connection, memory, todo)
                 continue
-            connection.ask_for_chunks(manifest, snapshot_id, chunks)
-            for chunk in chunks:
+            connection.ask_for_chunks(todo.manifest, todo.snapshot_id, todo.chunks, with_digests=todo.needs_digests)
+            for chunk in todo.chunks:
                 pieces = gathering.pieces_of(chunk)
                 gathering.landed(number, chunk, *connection.receive(pieces))
                 self._failures = 0
 
-    def _read(self, connection: Connection, memory: PeerMemory, todo: tuple[range, Manifest, str]) -> None:
+    def _read(self, connection: Connection, memory: PeerMemory, todo: Run) -> None:
         """From the source's memory, while it computes the digests."""
-        gathering = self._gathering
-        chunks, manifest, snapshot_id = todo
-        connection.ask_for_digests(snapshot_id, chunks)
+        gathering, chunks = self._gathering, todo.chunks
+        connection.ask_for_digests(todo.snapshot_id, chunks)
         gathering.report.transport[connection.url] = "memory"
         left = iter(chunks)
-        with Readers(memory, manifest, lambda chunk: in_host(gathering.pieces_of(chunk))) as readers:
+        with Readers(memory, todo.manifest, lambda chunk: in_host(gathering.pieces_of(chunk))) as readers:
             readers.start(chunks, reader_count(len(gathering.sources)))
             for digests in connection.digests(len(chunks)):
                 for sent, chunk in zip(digests, left, strict=False):

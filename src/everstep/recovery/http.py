@@ -2,6 +2,7 @@
 
     GET /v1/offers/{key}/manifest?wait_s=4         200 the manifest | 404 not offered yet
     GET /v1/snapshots/{id}/chunks/{first}-{end}    200 for each chunk of [first, end) its bytes, then its xxh3_64 | 410
+                                                   without the xxh3_64s to a request with the field Everstep-Digests: no
     GET /v1/snapshots/{id}/digests/{first}-{end}   200 for each of those chunks its xxh3_64 | 410
     GET /v1/snapshots/{id}/memory?pid={pid}        200 where the payload lies in the source's memory | 404 another host
 
@@ -27,6 +28,7 @@ LONG_POLL_S = 4.0
 NONCE_BYTES = 16
 ERROR_BODY_BYTES_MAX = 4 << 10
 
+NO_DIGESTS = ("Everstep-Digests", "no")  # of a request for chunks: the primary vouches for them
 _MANIFEST = re.compile(r"/v1/offers/([^/?]{1,6144})/manifest\?wait_s=(\d{1,3}(?:\.\d{1,6})?)")
 _CHUNKS = re.compile(r"/v1/snapshots/([0-9a-f]{16})/chunks/(\d{1,15})-(\d{1,15})")
 _DIGESTS = re.compile(r"/v1/snapshots/([0-9a-f]{16})/digests/(\d{1,15})-(\d{1,15})")

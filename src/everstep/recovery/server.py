@@ -20,6 +20,7 @@ from everstep.fork_guard import guard
 from everstep.recovery.auth import TransferAuth
 from everstep.recovery.http import (
     KEY_CHARS_MAX,
+    NO_DIGESTS,
     NONCE_BYTES,
     Challenge,
     ChunksRequest,
@@ -228,7 +229,8 @@ class _Connection:
         elif request is None:
             self._answer(challenge, 400, b"no such resource")
         else:
-            self._serve_snapshot(challenge, request)
+            name, value = NO_DIGESTS
+            self._serve_snapshot(challenge, request, with_digests=head.fields.get(name.lower()) != value)
         return True
 
     def _verified(self, credential: str, target: str) -> Challenge | None:
@@ -255,7 +257,9 @@ class _Connection:
         else:
             self._answer(challenge, 200, snapshot.manifest_bytes, snapshot.id)
 
-    def _serve_snapshot(self, challenge: Challenge, request: ChunksRequest | DigestsRequest | MemoryRequest) -> None:
+    def _serve_snapshot(
+        self, challenge: Challenge, request: ChunksRequest | DigestsRequest | MemoryRequest, *, with_digests: bool
+    ) -> None:
         self.serving = request.snapshot_id  # before it is looked up: a withdrawal in between cuts this connection
         snapshot = self._server.offers.by_id(request.snapshot_id)
         if snapshot is None:
@@ -266,13 +270,15 @@ class _Connection:
             self._answer(challenge, 400, b"no such chunks")
         elif isinstance(request, DigestsRequest):
             self._send_digests(challenge, snapshot, request)
-        else:
+        elif with_digests:
             self._send_chunks(challenge, snapshot, request)
+        else:
+            self._send_bare_chunks(challenge, snapshot, request)
         self.serving = ""
 
     def _send_chunks(self, challenge: Challenge, snapshot: Snapshot, request: ChunksRequest) -> None:
         started_at = time.monotonic()
-        size = snapshot.manifest.chunk_range(request.end - 1)[1] - snapshot.manifest.chunk_range(request.first)[0]
+        size = _size(snapshot, request)
         self._send_head(challenge, 200, snapshot.id, size + DIGEST_BYTES * (request.end - request.first))
         digest = b""  # of the chunk before
         for index in range(request.first, request.end):
@@ -283,6 +289,19 @@ class _Connection:
             _check_lent(snapshot)
             digest = computed
         self.wire.send(digest)
+        self._log_sent(size, started_at)
+
+    def _send_bare_chunks(self, challenge: Challenge, snapshot: Snapshot, request: ChunksRequest) -> None:
+        """Not vouched for, and not hashed: the joiner hashes what arrives, and another donor's digests decide."""
+        started_at = time.monotonic()
+        size = _size(snapshot, request)
+        self._send_head(challenge, 200, snapshot.id, size)
+        for index in range(request.first, request.end):
+            _check_lent(snapshot)  # to end early; what changes in the middle of it differs from the other's digest
+            self.wire.send(*snapshot.chunk(index))
+        self._log_sent(size, started_at)
+
+    def _log_sent(self, size: int, started_at: float) -> None:
         elapsed_s = time.monotonic() - started_at
         logger.info("recovery: sent %d bytes to %s in %.3f s", size, self._peer, elapsed_s)
 
@@ -314,6 +333,10 @@ class _Connection:
         if self._auth is not None:
             lines.append(f"Everstep-Proof: {challenge.answer_mac(self._auth, status, snapshot_id, body).hex()}")
         self.wire.send("\r\n".join([*lines, "", ""]).encode(), body)
+
+
+def _size(snapshot: Snapshot, request: ChunksRequest) -> int:
+    return snapshot.manifest.chunk_range(request.end - 1)[1] - snapshot.manifest.chunk_range(request.first)[0]
 
 
 def _check_lent(snapshot: Snapshot) -> None:

@@ -20,6 +20,7 @@ from everstep.errors import ConfigError, RecoveryFailed, RemoteProtocolError
 from everstep.recovery.http import (
     ERROR_BODY_BYTES_MAX,
     LONG_POLL_S,
+    NO_DIGESTS,
     NONCE_BYTES,
     Answer,
     Challenge,
@@ -57,6 +58,7 @@ class SourceConnection:
         self._wire: Wire | None = None
         self._is_shut = False
         self._nonce = b""  # of the server, for this connection
+        self._has_digests = True  # of the chunks that are on their way
         self._requests = 0
 
     def shut(self) -> None:
@@ -152,18 +154,21 @@ class SourceConnection:
         _check_status(answer, 404, body)
         return None
 
-    def ask_for_chunks(self, manifest: Manifest, snapshot_id: str, chunks: range) -> None:
-        """Then `receive` each of them, in order."""
-        answer = self._of_snapshot(ChunksRequest(snapshot_id, chunks.start, chunks.stop).target, snapshot_id)
+    def ask_for_chunks(self, manifest: Manifest, snapshot_id: str, chunks: range, *, with_digests: bool = True) -> None:
+        """Then `receive` each of them, in order. An older source sends its digests all the same."""
+        target = ChunksRequest(snapshot_id, chunks.start, chunks.stop).target
+        answer = self._of_snapshot(target, snapshot_id, *(() if with_digests else (": ".join(NO_DIGESTS),)))
         begin, end = manifest.chunk_range(chunks.start)[0], manifest.chunk_range(chunks.stop - 1)[1]
         size = end - begin + len(chunks) * DIGEST_BYTES
-        if answer.head.length(size) != size:
+        length = answer.head.length(size)
+        self._has_digests = length == size
+        if not self._has_digests and (with_digests or length != end - begin):
             raise RemoteProtocolError(f"an answer other than the {size} bytes of snapshot {snapshot_id}")
 
-    def receive(self, pieces: Sequence[Piece]) -> tuple[bytes, bytes]:
+    def receive(self, pieces: Sequence[Piece]) -> tuple[bytes | None, bytes]:
         """One chunk into its place; returns the digest that the source sent with it, and that of what arrived."""
         wire, deadline = self._opened(), self._request.deadline
-        sent, computed = bytearray(DIGEST_BYTES), xxhash.xxh3_64()
+        sent, computed = bytearray(DIGEST_BYTES if self._has_digests else 0), xxhash.xxh3_64()
         *blocks, last = blocks_of(in_host(pieces))
         for block in blocks:
             wire.receive_into(block, deadline)
@@ -172,7 +177,7 @@ class SourceConnection:
         wire.receive_into([*last, memoryview(sent)], deadline)
         for piece in last:
             computed.update(piece)
-        return bytes(sent), computed.digest()
+        return bytes(sent) or None, computed.digest()
 
     def ask_for_digests(self, snapshot_id: str, chunks: range) -> None:
         """Then read `digests`. Raises RemoteProtocolError when the source knows no such request."""
@@ -210,8 +215,8 @@ class SourceConnection:
             return None
         return memory
 
-    def _of_snapshot(self, target: str, snapshot_id: str) -> Answer:
-        answer, challenge = self._get(target)
+    def _of_snapshot(self, target: str, snapshot_id: str, *fields: str) -> Answer:
+        answer, challenge = self._get(target, *fields)
         if answer.status != 200:
             _check_status(answer, 410)
             raise RecoveryFailed(f"{self.url} has withdrawn {self._request.key!r}")
@@ -220,7 +225,7 @@ class SourceConnection:
             raise RemoteProtocolError(f"an answer about another snapshot than {snapshot_id}")
         return answer
 
-    def _get(self, target: str) -> tuple[Answer, Challenge]:
+    def _get(self, target: str, *more: str) -> tuple[Answer, Challenge]:
         if self._request.auth is not None and not self._nonce:
             self._nonce = self._fetch_challenge()
         challenge = Challenge(
@@ -230,7 +235,7 @@ class SourceConnection:
             target=target,
         )
         self._requests += 1
-        fields = [f"Host: {urlsplit(self.url).netloc}"]
+        fields = [f"Host: {urlsplit(self.url).netloc}", *more]
         if self._request.auth is not None:
             mac = challenge.request_mac(self._request.auth)
             fields.append(f"Authorization: {credential_field(challenge.client_nonce, mac)}")

@@ -146,7 +146,14 @@ class DonorConnection:
     def memory(self, manifest: Manifest, snapshot_id: str) -> PeerMemory | None:  # noqa: ARG002
         return None
 
-    def ask_for_chunks(self, manifest: Manifest, snapshot_id: str, chunks: range) -> None:  # noqa: ARG002 - it has one
+    def ask_for_chunks(
+        self,
+        manifest: Manifest,
+        snapshot_id: str,  # noqa: ARG002 - it has one
+        chunks: range,
+        *,
+        with_digests: bool = True,  # noqa: ARG002 - they come all the same, each with its chunk
+    ) -> None:
         if self._cuts is None:
             self._cuts = Cuts(manifest)
             self._open_device(manifest)
