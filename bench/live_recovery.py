@@ -5,7 +5,8 @@
 All in one run, on loopback, each figure the median of --times rounds in which the candidates take turns.
 
     bare         a plain socket copy into touched memory, no digests: what the machine can do
-    one, three   Everstep from one donor and from --donors, into the joiner's own tensors, every digest verified
+    one, three   Everstep from one donor and from --donors, into the joiner's own tensors, every digest verified;
+                 from one again in the same round, which shows how far two measurements of the same thing are apart
     same host    Everstep reading the donor's memory, as it chooses by itself on one host (the others are kept to HTTP)
     group        Everstep over a process group from one donor, and from --donors, the building of the group included
     growth       MiB by which the receiver's memory grew beyond the state, at its peak
@@ -155,8 +156,8 @@ def donors(count: int, mib: int) -> Iterator[list[Donor]]:
 
 def transfers(mib: int, times: int, count: int, rival: "Receiver | None", own: dict[str, Any]) -> dict[str, Any]:
     touched = torch.zeros(mib << 20, dtype=torch.uint8)
-    ours = (("one", 1, False), ("donors", count, False), ("same_host", 1, True))
-    seconds: dict[str, list[float]] = {"bare": [], "one": [], "donors": [], "same_host": []}
+    ours = (("one", 1, False), ("donors", count, False), ("one_again", 1, False), ("same_host", 1, True))
+    seconds: dict[str, list[float]] = {"bare": [], "one": [], "donors": [], "one_again": [], "same_host": []}
     over_group = (("group", 1), ("group_donors", count))
     seconds |= {name: [] for name, _ in over_group}
     growth: list[float] = []
@@ -182,6 +183,8 @@ def transfers(mib: int, times: int, count: int, rival: "Receiver | None", own: d
         "of_bare": {name: _ratio(seconds["bare"], took) for name, took in seconds.items()},
         "of_one": _ratio(seconds["one"], seconds["donors"]),
         "of_one_quartiles": _quartiles(seconds["one"], seconds["donors"]),
+        "one_again_of_one": _ratio(seconds["one"], seconds["one_again"]),
+        "one_again_quartiles": _quartiles(seconds["one"], seconds["one_again"]),
         "of_rival": min(
             (_ratio(took, seconds["one"]) for name, took in seconds.items() if "torchft" in name), default=0
         ),
@@ -323,8 +326,13 @@ def tell(result: dict[str, Any], options: argparse.Namespace) -> None:
     print(f"\n{'':>40}  measured  aim   at least (at most)")
     for what, measured, aim, least in rows:
         print(f"{what:>40}  {measured:>8}  {aim:>4}  {least:>4}")
-    low, high = result["of_one_quartiles"]
-    print(f"half of the rounds with {options.donors} donors: {low:.2f} to {high:.2f} of one")
+    print("\nhow much a second measurement of the same differs; half of the rounds are between")
+    for what, key, of in (
+        (f"{options.donors} donors, of one", "of_one_quartiles", "of_one"),
+        ("one donor again, of one", "one_again_quartiles", "one_again_of_one"),
+    ):
+        low, high = result[key]
+        print(f"{what:>40}  {result[of]:>8.2f}  {low:.2f} to {high:.2f}")
 
 
 def main() -> None:
