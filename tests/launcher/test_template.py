@@ -70,12 +70,10 @@ def test_a_template_that_a_signal_stopped_is_replaced_at_once(own_template: Temp
 @pytest.mark.soak
 def test_a_spare_that_a_signal_stopped_is_not_waited_for(scripts: Scripts) -> None:
     settings = TemplateSettings(environment=environment(), search_path=os.getcwd(), preload=(), spares=1)
-    others = _forked_and_waiting()
     with nothing_left(), TemplateStarter(settings, Surroundings()) as starter:
         assert starter.wait_ready(DEADLINE_S)
-        others.add(starter.template_pid)
-        wait_until(lambda: len(_forked_and_waiting() - others) == 1)
-        (spare,) = _forked_and_waiting() - others
+        wait_until(lambda: starter.spare_pids)
+        (spare,) = starter.spare_pids
         os.kill(spare, signal.SIGSTOP)
         begun = time.monotonic()
         with Worker(starter, scripts.script(UP)) as worker:
@@ -118,27 +116,18 @@ def _sends_await_a_report() -> bool:
 
 def test_spares_are_used_and_replaced_and_leave_with_the_starter(scripts: Scripts) -> None:
     settings = TemplateSettings(environment=environment(), search_path=os.getcwd(), preload=(), spares=2)
-    others = _forked_and_waiting()
     with nothing_left():
         with TemplateStarter(settings, Surroundings()) as starter:
             assert starter.wait_ready(DEADLINE_S)
-            others.add(starter.template_pid)
-            wait_until(lambda: len(_forked_and_waiting() - others) == 2)
-            dies, is_used = _forked_and_waiting() - others
+            wait_until(lambda: len(starter.spare_pids) == 2)
+            dies, is_used = starter.spare_pids
             os.kill(dies, signal.SIGKILL)  # while it waits: no worker's failure
             with Worker(starter, scripts.script(UP)) as worker:
                 assert worker.read_line() == "up"
                 assert worker.pid == is_used
-            wait_until(lambda: len(_forked_and_waiting() - others) == 2)
-            left = _forked_and_waiting() - others
+            wait_until(lambda: len({*starter.spare_pids} - {dies, is_used}) == 2)
+            left = starter.spare_pids
         wait_until(lambda: not any(proc.stat_of(pid) for pid in left))
-
-
-def _forked_and_waiting() -> set[int]:
-    """And templates, which look alike; but not who is between a template and a worker for an instant."""
-    me = os.getpid()
-    mine = [stat.pid for stat in proc.descendants(me) if stat.parent == me]
-    return {pid for pid in mine if proc.command_line(pid).rstrip() == "everstep-template"}
 
 
 def test_a_preload_that_runs_a_parallel_operation_is_found_out_by_the_canary(

@@ -96,6 +96,12 @@ class TemplateStarter:
         return 0 if template is None else template.pid
 
     @property
+    def spare_pids(self) -> tuple[int, ...]:
+        """Of the workers that have reported, and wait for work."""
+        with self._changed:
+            return tuple(spare.pid for spare in self._spares)
+
+    @property
     def is_plain(self) -> bool:
         """Whether workers are started plainly, for good."""
         return self._falls_back
