@@ -1,8 +1,9 @@
 """Fixtures for every test, and the check that the whole session leaves nothing behind."""
 
+import faulthandler
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 
 import hypothesis
@@ -11,6 +12,7 @@ import pytest
 from tests.support.leaks import LeakWatch, use_temp_dir
 from tests.support.processes import Spawner
 
+TO_FAIL_S = 20.0  # with what is left behind ended, before the whole run is
 # Started in the background of a script, the tests would hand an ignored SIGINT on to every process they start.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -24,6 +26,27 @@ hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "default")
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--rewrite", action="store_true", help="record the transcripts of tests/core anew")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Generator[None]:
+    """A test that hangs fails, says where, and the others go on; `faulthandler_timeout` ends what no signal wakes."""
+    patience_s = float(item.config.getini("faulthandler_timeout") or 0.0) - TO_FAIL_S
+    if patience_s <= 0.0:  # switched off, for soak tests
+        yield
+        return
+
+    def fail(number: int, frame: object) -> None:
+        faulthandler.dump_traceback(2, all_threads=True)  # into the report
+        pytest.fail(f"still running after {patience_s:g} s")
+
+    previous = signal.signal(signal.SIGALRM, fail)
+    signal.setitimer(signal.ITIMER_REAL, patience_s)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0.0)
+        signal.signal(signal.SIGALRM, previous)
 
 
 @pytest.fixture

@@ -2,48 +2,50 @@
 
 import importlib
 import json
-import os
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.support.processes import Spawned, Spawner
+
 ROOT = Path(__file__).parent.parent
-DEADLINE_S = 120.0
+DEADLINE_S = 90.0
+
+Run = Callable[..., dict[str, Any]]
 
 
-def run(*command: str, deadline_s: float = DEADLINE_S) -> dict[str, Any]:
-    environment = os.environ | {"TORCH_CPP_LOG_LEVEL": "ERROR"}
-    done = subprocess.run(
-        [sys.executable, *command, "--json"],
-        cwd=ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=deadline_s,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return result
+def start(spawn: Spawner, script: str, *options: str) -> Spawned:
+    return spawn([str(ROOT / script), *options, "--json"], env={"TORCH_CPP_LOG_LEVEL": "ERROR"})
 
 
-def test_steady_state_pairs_plain_ddp_and_everstep() -> None:
+@pytest.fixture
+def run(spawn: Spawner) -> Run:
+    def run(script: str, *options: str, deadline_s: float = DEADLINE_S) -> dict[str, Any]:
+        process = start(spawn, script, *options)
+        result: dict[str, Any] = json.loads(process.expect_line(lambda line: line.startswith("{"), deadline_s))
+        assert process.wait() == 0, process.output()
+        return result
+
+    return run
+
+
+def test_steady_state_pairs_plain_ddp_and_everstep(run: Run) -> None:
     rows = run("bench/steady_state.py", "--blocks", "2", "--steps", "5")["rows"]
     assert [row["parameters"] for row in rows] == ["1.2 k", "1 M"]
     assert all(len(row[key]) == 3 for row in rows for key in ("ddp", "everstep", "everstep_over_ddp", "everstep_ratio"))
 
 
 @pytest.mark.soak
-def test_recovery_splits_the_time_and_counts_what_was_lost() -> None:
+def test_recovery_splits_the_time_and_counts_what_was_lost(run: Run) -> None:
     (row,) = run("bench/recovery.py", "--kills", "1", "--groups", "3")["rows"]
     assert (row["groups"], row["kills"], row["lost"], row["moved"]) == (3, 1, 0, 0)
     times = [row[name][1] for name in ("seen", "notified", "granted", "reconfigured", "without_it")]
     assert times == sorted(times)
 
 
-def test_lighthouse_times_a_failure_among_its_members() -> None:
+def test_lighthouse_times_a_failure_among_its_members(run: Run) -> None:
     found = run("bench/lighthouse.py", "--members", "20", "--failures", "2", "--quiet-s", "0.5")
     assert found["members"] == 20
     for key in ("failure_to_last_grant_ms", "notice_spread_ms", "last_ready_to_last_grant_ms"):
@@ -51,7 +53,7 @@ def test_lighthouse_times_a_failure_among_its_members() -> None:
     assert found["heartbeat_cpu_percent"] >= 0
 
 
-def test_rendezvous_times_a_join_and_a_loss() -> None:
+def test_rendezvous_times_a_join_and_a_loss(run: Run) -> None:
     found = run("bench/rendezvous.py", "--nodes", "4", "--times", "1", "--without-torch")
     assert found["nodes"] == 4
     assert [len(found["everstep"][key]) for key in ("join_ms", "loss_ms")] == [3, 3]
@@ -76,7 +78,7 @@ def test_the_soak_tells_a_leak_from_what_comes_and_goes(
 
 
 @pytest.mark.soak
-def test_a_short_soak_reports_every_figure() -> None:
+def test_a_short_soak_reports_every_figure(run: Run) -> None:
     result = run("bench/soak.py", "--minutes", "0.1")
     assert [row["what"] for row in result["rows"]] == ["rss_mib", "fds", "threads"] * 2
     assert (result["lost"], result["why_lost"]) == (0, [])
@@ -84,15 +86,15 @@ def test_a_short_soak_reports_every_figure() -> None:
 
 
 @pytest.mark.soak
-def test_a_kill_every_ten_seconds_costs_no_computed_step_and_less_than_a_twentieth_of_the_rate() -> None:
+def test_a_kill_every_ten_seconds_costs_no_computed_step_and_less_than_a_twentieth_of_the_rate(run: Run) -> None:
     found = run("bench/goodput.py", deadline_s=600.0)
     assert (found["kills"], found["lost"], found["why_lost"]) == (18, 0, [])
     assert found["goodput"] >= 0.95
 
 
 @pytest.mark.soak
-def test_recovery_sweeps_over_the_phases_of_a_step() -> None:
-    rows = run("bench/recovery.py", "--kills", "1", "--groups", "3", "--sweep")["rows"]
+def test_recovery_sweeps_over_the_phases_of_a_step(run: Run) -> None:
+    rows = run("bench/recovery.py", "--kills", "1", "--groups", "3", "--sweep", deadline_s=180.0)["rows"]
     assert [row["point"] for row in rows] == [
         "forward",
         "backward",
@@ -106,7 +108,7 @@ def test_recovery_sweeps_over_the_phases_of_a_step() -> None:
 
 
 @pytest.mark.soak
-def test_live_recovery_measures_transfers_beside_a_bare_socket() -> None:
+def test_live_recovery_measures_transfers_beside_a_bare_socket(run: Run) -> None:
     found = run("bench/live_recovery.py", "--mib", "64", "--job-mib", "16", "--times", "1", deadline_s=300.0)
     ways = {"bare", "one", "donors", "one_again", "same_host", "group", "group_donors"}
     assert set(found["gb_s"]) == set(found["of_bare"]) == ways
@@ -117,19 +119,18 @@ def test_live_recovery_measures_transfers_beside_a_bare_socket() -> None:
 
 
 @pytest.mark.soak
-def test_failures_times_a_notice() -> None:
+def test_failures_times_a_notice(run: Run) -> None:
     rows = run("bench/failures.py", "--times", "1", "--only", "notice")["rows"]
     assert list(rows) == ["notice to a subscriber, ms"]
 
 
-def test_a_rival_that_is_not_installed_is_a_line_that_says_how_to_install_it() -> None:
-    command = [sys.executable, "bench/recovery.py", "--kills", "0", "--groups", "3", "--with", "torchft"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=DEADLINE_S)
-    assert done.returncode != 0
-    assert "make bench-venv" in done.stderr
+def test_a_rival_that_is_not_installed_is_a_line_that_says_how_to_install_it(spawn: Spawner) -> None:
+    process = start(spawn, "bench/recovery.py", "--kills", "0", "--groups", "3", "--with", "torchft")
+    assert process.wait(DEADLINE_S) != 0
+    assert "make bench-venv" in process.stderr_path.read_text()
 
 
-def test_monitor_measures_beats_kills_and_a_node() -> None:
+def test_monitor_measures_beats_kills_and_a_node(run: Run) -> None:
     found = run("bench/monitor.py", "--blocks", "3", "--kills", "1", "--seconds", "0.5")
     assert all(len(found[key]) == 3 for key in ("heartbeat_us", "with_section_us", "deadline_to_exit_ms"))
     assert found["with_stacks"] == 1

@@ -13,7 +13,7 @@ from tests.support.processes import Spawned, Spawner
 from tests.support.waiting import wait_until
 
 ROOT = Path(__file__).parent.parent
-DEADLINE_S = 150.0  # on a machine that does other things, too
+DEADLINE_S = 90.0  # on a machine that does other things, too
 END_S = 20.0
 # Of a job that has nothing to do with the demo.
 FOREIGN = {

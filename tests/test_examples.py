@@ -11,7 +11,7 @@ from tests.test_docs import fences
 ROOT = Path(__file__).parents[1]
 STEPS = 20
 # torchrun's agent imports torch, and so does its worker; with four groups at once that may take a while.
-DEADLINE_S = 120.0
+DEADLINE_S = 90.0
 
 # In place of the test's python: a shell, in which the commands find this environment's programs.
 SHELL = """

@@ -21,7 +21,7 @@ else:
     import tomli as tomllib
 
 ROOT = Path(__file__).parents[2]
-DEADLINE_S = 120.0  # torchrun imports torch, and so does its worker; on a busy machine that takes a while
+DEADLINE_S = 90.0  # torchrun imports torch, and so does its worker; on a busy machine that takes a while
 
 # What torchrun starts: all ranks add up ones, until the file is there. Says its place once, then every tenth step.
 SCRIPT = """

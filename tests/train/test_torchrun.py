@@ -15,7 +15,7 @@ from tests.support.processes import Spawned, Spawner
 from tests.support.waiting import wait_until
 from tests.train.ranks import reserved_port
 
-DEADLINE_S = 120.0
+DEADLINE_S = 90.0
 MARGIN_STEPS = 200  # that nobody has made when all have read where to stop
 
 # Each rank appends to a file of its own; all ranks of all groups end after the step that `stop` names.
