@@ -218,7 +218,7 @@ def test_after_an_abort_in_the_middle_of_an_allreduce_the_survivors_form_a_group
     for group in members.groups[:2]:
         began_at = time.monotonic()
         group.abort(QuorumId(1, 1))
-        assert time.monotonic() - began_at < 0.1
+        assert time.monotonic() - began_at < 0.5
     for order in stuck:
         with pytest.raises(StepInterrupted, match="was aborted"):
             order.result(DEADLINE_S)

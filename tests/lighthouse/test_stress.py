@@ -185,8 +185,9 @@ def test_members_that_lost_their_links_together_do_not_come_back_in_lockstep() -
                 instants.append(time.monotonic())
     late = instants[-120:]
     assert late[-1] - late[0] > 0.08
-    # Of a lockstep the gaps between its beats would be all the time there is.
-    assert max(b - a for a, b in itertools.pairwise(late)) < (late[-1] - late[0]) / 2
+    # Of a lockstep the two gaps between its beats would be all the time there is. A busy machine may make one, too.
+    gaps = sorted(b - a for a, b in itertools.pairwise(late))
+    assert sum(gaps[-2:]) < 0.8 * (late[-1] - late[0])
 
 
 # ---- connections that come to nothing

@@ -82,6 +82,9 @@ class PlayedNccl:
     def __init__(self, rank: int, theatre: "Theatre") -> None:
         self.store: Any = torch.distributed.HashStore()  # type: ignore[attr-defined]  # documented, not in __all__
         self.is_aborting = threading.Event()
+        self.now: PlayedWork | None = None
+        self.done = 0
+        self.is_held = False
         self._rank = rank
         self._theatre = theatre
         self._listener: socket.socket | None = None
@@ -124,6 +127,7 @@ class PlayedNccl:
     def _run(self) -> None:
         lost = ""
         while (work := self._posted.get()) is not None:
+            self.now = work
             try:
                 if lost:
                     raise ConnectionError(lost)
@@ -135,6 +139,8 @@ class PlayedNccl:
                 if not work.is_send:
                     work.tensor.fill_(RUBBISH)
                 work.error = None if self.is_aborting.is_set() else f"NCCL error: remote process exited: {lost}"
+            self.now = None
+            self.done += 1
             work.ended.set()
 
     def _connect(self) -> None:
@@ -154,7 +160,8 @@ class PlayedNccl:
             if len(memory) > 4:  # more than a greeting
                 memory = memory_of(self._theatre.sending(work.tensor))
             while not self._theatre.may_send.wait(0.01) and not self.is_aborting.is_set():
-                pass
+                self.is_held = True
+            self.is_held = False
             self._socket.sendall(memory)
         while not work.is_send and memory:
             count = self._socket.recv_into(memory)
@@ -175,6 +182,12 @@ class Theatre:
         self.sent = 0
         self.sent_bytes = 0
         self._strike = strike
+
+    def is_held(self) -> bool:
+        """A device waits to be let send, and another one for that."""
+        held = [nccl.done for nccl in self.made if nccl.is_held]
+        waits = [nccl.done for nccl in self.made if nccl.now is not None and not nccl.now.is_send]
+        return bool(held) and held == waits
 
     def make(self, rank: int, size: int, timeout_s: float) -> tuple[torch_private.TorchNccl, Any]:
         assert size == 2

@@ -5,6 +5,7 @@ import os
 import threading
 import time
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import msgspec
@@ -35,11 +36,27 @@ def fetch_from(urls: list[str], **fields: Any) -> Fetch:
     return Fetch(request_to(urls[0], other_urls=tuple(urls[1:]), **fields))
 
 
+@contextlib.contextmanager
+def together(urls: list[str], **fields: Any) -> Iterator[list[str]]:
+    """Sources of the same, of which none gets far with its chunks before all send some."""
+    sends: set[str] = set()
+
+    def hold(url: str, offset: int, data: bytes) -> bytes:
+        if offset + len(data) > CHUNK_BYTES // 2:
+            sends.add(url)
+            wait_until(lambda: len(sends) == len(urls), DEADLINE_S)
+        return data
+
+    with contextlib.ExitStack() as stack:
+        proxies = [Proxy(url, partial(hold, url), **fields) for url in urls]
+        yield [stack.enter_context(proxy).url for proxy in proxies]
+
+
 @pytest.mark.parametrize("auth", [None, AUTH], ids=["open", "token"])
 def test_all_donors_serve_stripes_of_one_state(auth: Any) -> None:
     state = state_of(MIB)
-    with donors(state, state, state, auth=auth) as offered:
-        fetch = fetch_from([url for _, url in offered], auth=auth)
+    with donors(state, state, state, auth=auth) as offered, together([url for _, url in offered]) as urls:
+        fetch = fetch_from(urls, auth=auth)
         assert_same(fetch.run(), state)
     assert len(fetch.report.bytes_from) == 3
     assert sum(fetch.report.bytes_from.values()) == MIB * (1 << 20)
@@ -179,9 +196,9 @@ def test_a_bit_flipped_on_the_way_from_a_donor_that_sends_no_digests_is_counted_
 
 def test_a_donor_of_a_version_that_always_sends_digests_serves_beside_others() -> None:
     state = state_of(MIB)
-    with donors(state, state) as ((_, url), (_, old_url)):
-        with Proxy(old_url, lambda _, data: data, without=b"Everstep-Digests: no\r\n") as old:
-            fetch = fetch_from([url, old.url])
+    with donors(state, state) as offered:
+        with together([url for _, url in offered], without=b"Everstep-Digests: no\r\n") as urls:
+            fetch = fetch_from(urls)
             assert_same(fetch.run(), state)
     assert len(fetch.report.bytes_from) == 2
     assert not fetch.report.lost

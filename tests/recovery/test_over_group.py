@@ -4,6 +4,7 @@ import contextlib
 import struct
 import threading
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import pytest
@@ -30,7 +31,7 @@ from everstep.recovery.peers import BULK, TALK
 from everstep.train.transports import transport_for
 from tests.recovery.trees import assert_same
 from tests.recovery.wire_faults import Strike, StruckTransport
-from tests.recovery.wires import AUTH, Running, state_of
+from tests.recovery.wires import AUTH, DEADLINE_S, Running, state_of
 from tests.support.waiting import wait_until
 
 CHUNK_BYTES = 1 << 16
@@ -102,7 +103,19 @@ def test_a_state_arrives_whole_in_the_joiners_own_tensors(token: Any) -> None:
 
 def test_all_donors_send_stripes_and_where_they_differ_the_state_is_that_of_one() -> None:
     states = [{"rng": torch.full((5000,), n), "name": n, "model": state_of(MIB)["model"]} for n in range(3)]
-    with party(*states) as them:
+    sends: set[int] = set()
+
+    def together(donor: int, number: int, lane: int, tensor: torch.Tensor) -> torch.Tensor:
+        """Nobody sends a chunk before all are asked for one; the first message on the lane is the manifest."""
+        if lane == BULK and number > 1:
+            sends.add(donor)
+            wait_until(lambda: len(sends) == len(states), DEADLINE_S)
+        return tensor
+
+    with party(*[None] * len(states)) as them:
+        for rank, state in enumerate(states, 1):
+            them.transports[rank] = opened(StruckTransport(partial(together, rank)))
+            them.offer(rank, Snapshot.lend(state, CHUNK_BYTES))
         fetch = them.fetch(states[0])
         there = fetch.run()
     assert_same(there, states[there["name"]])

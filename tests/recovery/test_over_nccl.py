@@ -156,7 +156,7 @@ def in_flight(theatre: Theatre, **more: Any) -> Iterator[tuple[Party, Running, d
     with party(joiner, donor) as them:
         snapshot = lent(state)
         with Running(them.begin([snapshot], own, InPlace(own), on_progress=hold)) as running:
-            wait_until(lambda: theatre.sent and not theatre.may_send.is_set(), ENDS_WITHIN_S)
+            wait_until(theatre.is_held, ENDS_WITHIN_S)
             yield them, running, own, snapshot
 
 
@@ -185,7 +185,7 @@ def test_a_loan_that_is_revoked_in_the_middle_is_not_believed_and_the_donor_is_f
         began_at = time.monotonic()
         snapshot.revoke()
         them.transports[1].withdraw(them.transfer(1).key)
-        assert time.monotonic() - began_at < 0.1
+        assert time.monotonic() - began_at < 0.5
         running.wait()
         assert isinstance(running.error, RecoveryFailed)
         for tensor in own["model"].values():

@@ -7,6 +7,7 @@ import signal
 from collections.abc import Iterator
 from typing import Any
 
+from tests.support import proc
 from tests.support.processes import Spawned, Spawner
 from tests.support.waiting import wait_until
 
@@ -64,10 +65,13 @@ class Agents:
         return found
 
     def end(self) -> None:
-        for name, pid in self.pids.items():
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-            wait_until(lambda pid=pid: not os.path.exists(f"/proc/{pid}"), what=f"the end of {name}")  # type: ignore[misc]
+        """All nodes at once, also where the process that forked them has ended."""
+        left = [stat for stat in proc.of_session(self._template.pid) if stat.pid != self._template.pid]
+        for stat in left:
+            if proc.is_same_alive(stat):
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(stat.pid, signal.SIGKILL)
+        wait_until(lambda: not any(map(proc.is_same_alive, left)), what="the end of all nodes")
 
 
 @contextlib.contextmanager

@@ -5,12 +5,14 @@ Commands on stdin, a JSON list a line: ["start", NAME, {settings}] forks a node;
 What the nodes say is a JSON object a line on the one stdout.
 """
 
+import contextlib
 import json
 import os
 import signal
 import sys
 import threading
 import time
+import traceback
 from typing import Any
 
 from everstep.core.node_messages import NodeSpec
@@ -98,7 +100,8 @@ def main() -> None:
     for line in sys.stdin:
         verb, name, what = json.loads(line)
         if verb == "tell":
-            os.write(tongues[name], what.encode() + b"\n")
+            with contextlib.suppress(BrokenPipeError):  # it has ended; it may have been killed just now
+                os.write(tongues[name], what.encode() + b"\n")
             continue
         reads, tongues[name] = os.pipe()
         if os.fork() == 0:
@@ -106,6 +109,8 @@ def main() -> None:
             _set_wall_clock(what.pop("clock_offset_s", 0.0))
             try:
                 Agent(name, what, reads).run()
+            except BaseException:
+                traceback.print_exc()
             finally:
                 os._exit(0)
         os.close(reads)

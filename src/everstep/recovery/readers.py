@@ -23,7 +23,8 @@ class Readers:
         self._changed = threading.Condition()
         self._left: list[int] = []
         self._digests: dict[int, bytes] = {}
-        self._error: Exception | None = None
+        self._error: Exception | None = None  # of the first of these that failed
+        self._unread: set[int] = set()
         self._threads: list[threading.Thread] = []
 
     def start(self, chunks: range, count: int) -> "Readers":
@@ -39,7 +40,7 @@ class Readers:
         """Of what was read. Raises PermissionError where the kernel no longer lets us."""
         with self._changed:
             while chunk not in self._digests:
-                if self._error is not None:
+                if self._error is not None and chunk in self._unread:
                     raise self._error
                 self._changed.wait(_LOOK_S)
             return self._digests.pop(chunk)
@@ -54,18 +55,24 @@ class Readers:
             thread.join()
 
     def _run(self) -> None:
+        while (chunk := self._next()) is not None:
+            self._read(chunk)
+
+    def _read(self, chunk: int) -> None:
         try:
-            while (chunk := self._next()) is not None:
-                pieces = self._pieces_of(chunk)
-                self._memory.read(*self._manifest.chunk_range(chunk), pieces)
-                digest = digest_of(pieces)
-                with self._changed:
-                    self._digests[chunk] = digest
-                    self._changed.notify_all()
+            pieces = self._pieces_of(chunk)
+            self._memory.read(*self._manifest.chunk_range(chunk), pieces)
+            digest = digest_of(pieces)
         except Exception as error:  # boundary of a thread: raised where the chunk is waited for
             with self._changed:
-                self._error = error
+                self._error = self._error or error
+                self._unread |= {chunk, *self._left}  # what others are reading now may still come
+                self._left = []
                 self._changed.notify_all()
+            return
+        with self._changed:
+            self._digests[chunk] = digest
+            self._changed.notify_all()
 
     def _next(self) -> int | None:
         with self._changed:
