@@ -1,6 +1,6 @@
 """How fast does a joiner get the live state, and what does it cost the others?
 
-    python bench/live_recovery.py [--mib 1024] [--times 5] [--donors 3] [--with torchft] [--json]
+    python bench/live_recovery.py [--mib 1024] [--times 5] [--donors 3] [--with torchft] [--series 0] [--json]
 
 All in one run, on loopback, each figure the median of --times rounds in which the candidates take turns.
 
@@ -16,6 +16,8 @@ All in one run, on loopback, each figure the median of --times rounds in which t
     first step   seconds from a process's start to the first step that it contributed to, with 1 MB of state, less those
                  of one that imports torch and ends (first_step.py)
 
+`--series N` measures nothing but one, one again and --donors, N times each, shuffled, and compares the means.
+
 Beside each figure stand the aim and the least that will do. `--with torchft` lets the rival's transports (HTTP; process
 group; process group in place) take turns with ours.
 """
@@ -27,6 +29,7 @@ import json
 import math
 import os
 import platform
+import random
 import re
 import socket
 import statistics
@@ -192,6 +195,29 @@ def transfers(mib: int, times: int, count: int, rival: "Receiver | None", own: d
     }
 
 
+def series(options: argparse.Namespace) -> dict[str, Any]:
+    """Rates as shares of one donor's, by mean times, and 95 of 100 resamplings of that."""
+    own, rng = state_of(options.mib), random.Random(1)
+    used = {"one": 1, "one_again": 1, "donors": options.donors}
+    seconds: dict[str, list[float]] = {name: [] for name in used}
+    with donors(options.donors, options.mib) as made:
+        for name in rng.sample([*used] * options.series, len(used) * options.series):
+            for donor in made[: used[name]]:
+                donor.say("offer")
+            seconds[name].append(_fetch([donor.url for donor in made[: used[name]]], own, is_local=False)[0])
+    one = seconds["one"] + seconds["one_again"]
+    compared = {"donors": one, "one_again": seconds["one"]}
+    return {name: _mean_ratio(theirs, seconds[name], rng) for name, theirs in compared.items()}
+
+
+def _mean_ratio(theirs: list[float], ours: list[float], rng: random.Random) -> tuple[float, float, float]:
+    drawn = sorted(
+        statistics.fmean(rng.choices(theirs, k=len(theirs))) / statistics.fmean(rng.choices(ours, k=len(ours)))
+        for _ in range(2000)
+    )
+    return statistics.fmean(theirs) / statistics.fmean(ours), drawn[50], drawn[1950]
+
+
 def _ratio(theirs: list[float], ours: list[float]) -> float:
     """How many times as fast, the median over the rounds."""
     return statistics.median(their / our for their, our in zip(theirs, ours, strict=True))
@@ -342,6 +368,7 @@ def main() -> None:
     parser.add_argument("--donors", type=int, default=3)
     parser.add_argument("--job-mib", type=int, default=256, help="state of the job whose survivors' pause is measured")
     parser.add_argument("--with", dest="rival", choices=["torchft"], help="measure it in the same run")
+    parser.add_argument("--series", type=int, default=0)
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     if options.rival:
@@ -350,6 +377,14 @@ def main() -> None:
         require()
     torch.set_num_threads(1)
     result: dict[str, Any] = {"benchmark": "live_recovery", "mib": options.mib, "donors": options.donors}
+    if options.series:
+        found = series(options)
+        if options.json:
+            print(json.dumps(result | found))
+            return
+        for what, key in ((f"{options.donors} donors, of one", "donors"), ("one donor again, of one", "one_again")):
+            print(f"{what:>24}  {found[key][0]:.2f}  ({found[key][1]:.2f} to {found[key][2]:.2f})")
+        return
     result |= measure(options)
     if options.json:
         print(json.dumps(result))

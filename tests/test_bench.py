@@ -119,6 +119,14 @@ def test_live_recovery_measures_transfers_beside_a_bare_socket(run: Run) -> None
 
 
 @pytest.mark.soak
+def test_live_recovery_compares_many_donors_with_one_in_a_series(run: Run) -> None:
+    found = run("bench/live_recovery.py", "--mib", "16", "--series", "3")
+    for name in ("donors", "one_again"):
+        mean, low, high = found[name]
+        assert 0 < low <= mean <= high
+
+
+@pytest.mark.soak
 def test_failures_times_a_notice(run: Run) -> None:
     rows = run("bench/failures.py", "--times", "1", "--only", "notice")["rows"]
     assert list(rows) == ["notice to a subscriber, ms"]
