@@ -196,7 +196,7 @@ def transfers(mib: int, times: int, count: int, rival: "Receiver | None", own: d
 
 
 def series(options: argparse.Namespace) -> dict[str, Any]:
-    """Rates as shares of one donor's, by mean times, and 95 of 100 resamplings of that."""
+    """Rates as shares of one donor's, by mean times: that ratio, and between what 95 of 100 resamplings have it."""
     own, rng = state_of(options.mib), random.Random(1)
     used = {"one": 1, "one_again": 1, "donors": options.donors}
     seconds: dict[str, list[float]] = {name: [] for name in used}
@@ -368,7 +368,7 @@ def main() -> None:
     parser.add_argument("--donors", type=int, default=3)
     parser.add_argument("--job-mib", type=int, default=256, help="state of the job whose survivors' pause is measured")
     parser.add_argument("--with", dest="rival", choices=["torchft"], help="measure it in the same run")
-    parser.add_argument("--series", type=int, default=0)
+    parser.add_argument("--series", type=int, default=0, help="compare one donor with --donors by so many transfers")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     if options.rival:

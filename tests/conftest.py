@@ -12,7 +12,8 @@ import pytest
 from tests.support.leaks import LeakWatch, use_temp_dir
 from tests.support.processes import Spawner
 
-TO_FAIL_S = 20.0  # with what is left behind ended, before the whole run is
+TO_FAIL_S = 20.0  # for a test that hangs to end what it started, before the whole run is ended
+
 # Started in the background of a script, the tests would hand an ignored SIGINT on to every process they start.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -23,8 +23,7 @@ class Readers:
         self._changed = threading.Condition()
         self._left: list[int] = []
         self._digests: dict[int, bytes] = {}
-        self._error: Exception | None = None  # of the first of these that failed
-        self._unread: set[int] = set()
+        self._failed: dict[int, Exception] = {}  # why a chunk will not come
         self._threads: list[threading.Thread] = []
 
     def start(self, chunks: range, count: int) -> "Readers":
@@ -40,8 +39,8 @@ class Readers:
         """Of what was read. Raises PermissionError where the kernel no longer lets us."""
         with self._changed:
             while chunk not in self._digests:
-                if self._error is not None and chunk in self._unread:
-                    raise self._error
+                if chunk in self._failed:
+                    raise self._failed[chunk]
                 self._changed.wait(_LOOK_S)
             return self._digests.pop(chunk)
 
@@ -65,8 +64,7 @@ class Readers:
             digest = digest_of(pieces)
         except Exception as error:  # boundary of a thread: raised where the chunk is waited for
             with self._changed:
-                self._error = self._error or error
-                self._unread |= {chunk, *self._left}  # what others are reading now may still come
+                self._failed |= dict.fromkeys((chunk, *self._left), error)  # what others are reading may still come
                 self._left = []
                 self._changed.notify_all()
             return
