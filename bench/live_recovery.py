@@ -5,6 +5,7 @@
 All in one run, on loopback, each figure the median of --times rounds in which the candidates take turns.
 
     bare         a plain socket copy into touched memory, no digests: what the machine can do
+    bare tuned   the same, its sender's socket with the options that ours has on one host
     one, three   Everstep from one donor and from --donors, into the joiner's own tensors, every digest verified;
                  from one again in the same round, which shows how far two measurements of the same thing are apart
     same host    Everstep reading the donor's memory, as it chooses by itself on one host (the others are kept to HTTP)
@@ -36,7 +37,7 @@ import statistics
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -53,6 +54,7 @@ from rival_transfer import NAMES as RIVALS
 from everstep.recovery import Fetch, FetchRequest, InPlace, RecoveryServer, Snapshot, Transfer
 from everstep.recovery.http import ChunksRequest
 from everstep.recovery.snapshot import memory_of
+from everstep.recovery.wire import suit_one_host
 
 if TYPE_CHECKING:
     from rival_transfer import Receiver
@@ -77,11 +79,12 @@ def donate(mib: int, pipe: Any) -> None:
     """Serves the state over a bare socket and over Everstep, and makes steps when it is told to."""
     torch.set_num_threads(1)
     state = state_of(mib, 1)
-    listener = socket.create_server(("127.0.0.1", 0))
-    threading.Thread(target=_serve_bare, args=(listener, state), daemon=True).start()
+    plain, tuned = (socket.create_server(("127.0.0.1", 0)) for _ in range(2))
+    threading.Thread(target=_serve_bare, args=(plain, state, id), daemon=True).start()
+    threading.Thread(target=_serve_bare, args=(tuned, state, suit_one_host), daemon=True).start()
     with RecoveryServer() as server, contextlib.closing(GroupDonor()) as over_group:
         url = server.start("127.0.0.1", "127.0.0.1")
-        pipe.send((url, listener.getsockname()[1]))
+        pipe.send((url, plain.getsockname()[1], tuned.getsockname()[1]))
         while (order := pipe.recv()) != "end":
             if order == "offer":
                 # A loan of its own for every fetch: its digests have to be computed again.
@@ -99,11 +102,12 @@ def donate(mib: int, pipe: Any) -> None:
             pipe.send("done")
 
 
-def _serve_bare(listener: socket.socket, state: dict[str, Any]) -> None:
+def _serve_bare(listener: socket.socket, state: dict[str, Any], tune: Callable[[socket.socket], None]) -> None:
     pieces = [memory_of(tensor.view(torch.uint8)) for tensor in state["model"].values()]
     while True:
         connection, _ = listener.accept()
         with connection:
+            tune(connection)
             for piece in pieces:
                 for begin in range(0, len(piece), CHUNK):
                     connection.sendall(piece[begin : begin + CHUNK])
@@ -125,10 +129,10 @@ class Donor:
         self._pipe, theirs = spawn.Pipe()
         self.process = spawn.Process(target=donate, args=(mib, theirs), daemon=True)
         self.process.start()
-        self.url, self.bare_port = "", 0
+        self.url, self.bare_port, self.tuned_port = "", 0, 0
 
     def wait_started(self) -> None:
-        self.url, self.bare_port = self.say(None)
+        self.url, self.bare_port, self.tuned_port = self.say(None)
 
     def say(self, order: str | Transfer | None) -> Any:
         if order is not None:
@@ -160,14 +164,15 @@ def donors(count: int, mib: int) -> Iterator[list[Donor]]:
 def transfers(mib: int, times: int, count: int, rival: "Receiver | None", own: dict[str, Any]) -> dict[str, Any]:
     touched = torch.zeros(mib << 20, dtype=torch.uint8)
     ours = (("one", 1, False), ("donors", count, False), ("one_again", 1, False), ("same_host", 1, True))
-    seconds: dict[str, list[float]] = {"bare": [], "one": [], "donors": [], "one_again": [], "same_host": []}
     over_group = (("group", 1), ("group_donors", count))
-    seconds |= {name: [] for name, _ in over_group}
+    names = ("bare", "bare_tuned", *(name for name, *_ in (*ours, *over_group)))
+    seconds: dict[str, list[float]] = {name: [] for name in names}
     growth: list[float] = []
     with donors(count, mib) as made, GroupJoiner() as joiner:
         urls = [donor.url for donor in made]
         for _ in range(times):
             seconds["bare"].append(_bare(made[0].bare_port, touched))
+            seconds["bare_tuned"].append(_bare(made[0].tuned_port, touched))
             for name, used, is_local in ours:
                 for donor in made[:used]:
                     donor.say("offer")
@@ -184,6 +189,7 @@ def transfers(mib: int, times: int, count: int, rival: "Receiver | None", own: d
     return {
         "gb_s": {name: (mib << 20) / statistics.median(took) / 1e9 for name, took in seconds.items()},
         "of_bare": {name: _ratio(seconds["bare"], took) for name, took in seconds.items()},
+        "of_tuned": _ratio(seconds["bare_tuned"], seconds["one"]),
         "of_one": _ratio(seconds["one"], seconds["donors"]),
         "of_one_quartiles": _quartiles(seconds["one"], seconds["donors"]),
         "one_again_of_one": _ratio(seconds["one"], seconds["one_again"]),
@@ -333,18 +339,15 @@ def tell(result: dict[str, Any], options: argparse.Namespace) -> None:
     for name, rate in result["gb_s"].items():
         print(f"{name:>24}  {rate:5.2f} GB/s  {result['of_bare'][name]:5.2f} of bare")
     pause, first = result["pause"], result["first_step"]
+    pause_of = f"pause beyond {pause['fetch_ms']:.0f} ms for {options.job_mib} MiB, ms"
     rows = [
         ("one donor, of bare", f"{result['of_bare']['one']:.2f}", "0.85", "0.70"),
+        ("the same, of bare tuned", f"{result['of_tuned']:.2f}", "", ""),
         (f"{options.donors} donors, of one", f"{result['of_one']:.2f}", "1.00", "1.00"),
         ("same host, of bare", f"{result['of_bare']['same_host']:.2f}", "1.50", "1.50"),
         ("receiver grew beyond the state, MiB", f"{result['growth_mib']:.0f}", "64", "64"),
         ("donor's step beside a slow reader", f"{result['slow_reader']:.2f}", "1.10", "1.10"),
-        (
-            f"pause beyond {pause['fetch_ms']:.0f} ms for {options.job_mib} MiB, ms",
-            f"{pause['beyond_ms']:.0f}",
-            "30",
-            "60",
-        ),
+        (pause_of, f"{pause['beyond_ms']:.0f}", "30", "60"),
         (f"first step beyond {first['torch_s']:.1f} s for torch, s", f"{first['beyond_s']:.2f}", "0.3", "0.6"),
     ]
     if options.rival:

@@ -110,7 +110,7 @@ def test_recovery_sweeps_over_the_phases_of_a_step(run: Run) -> None:
 @pytest.mark.soak
 def test_live_recovery_measures_transfers_beside_a_bare_socket(run: Run) -> None:
     found = run("bench/live_recovery.py", "--mib", "64", "--job-mib", "16", "--times", "1", deadline_s=300.0)
-    ways = {"bare", "one", "donors", "one_again", "same_host", "group", "group_donors"}
+    ways = {"bare", "bare_tuned", "one", "donors", "one_again", "same_host", "group", "group_donors"}
     assert set(found["gb_s"]) == set(found["of_bare"]) == ways
     assert found["growth_mib"] < 64
     assert found["slow_reader"] > 0

@@ -48,15 +48,15 @@ class InPlace(Landing):
     """
 
     def __init__(self, own: Mapping[str, object]) -> None:
+        """Looks where `own` lies, while the donors do the same and nobody waits for the other. Errors: lay_out's."""
         super().__init__()
-        self._own = own
+        layout = lay_out(own)
+        self._mine = dict(zip(_keys_of(layout.manifest), layout.sources, strict=True))
 
     def regions(self, manifest: Manifest) -> list[torch.Tensor]:
-        layout = lay_out(self._own)
-        mine = dict(zip(_keys_of(layout.manifest), layout.sources, strict=True))
         on_device = set(manifest.on_device) if self.staging is not None else set()
         return [
-            self._region(mine.get(key), size, may_be_on_device=region in on_device)
+            self._region(self._mine.get(key), size, may_be_on_device=region in on_device)
             for region, (key, size) in enumerate(zip(_keys_of(manifest), manifest.region_bytes, strict=True))
         ]
 
