@@ -8,7 +8,9 @@ from typing import Any
 
 import pytest
 
+from tests.support import proc
 from tests.support.processes import Spawned, Spawner
+from tests.support.waiting import wait_until
 
 ROOT = Path(__file__).parent.parent
 DEADLINE_S = 90.0
@@ -26,6 +28,8 @@ def run(spawn: Spawner) -> Run:
         process = start(spawn, script, *options)
         result: dict[str, Any] = json.loads(process.expect_line(lambda line: line.startswith("{"), deadline_s))
         assert process.wait() == 0, process.output()
+        # multiprocessing's resource tracker ends when it has seen that its parent has
+        wait_until(lambda: not proc.of_session(process.pid), 5.0)
         return result
 
     return run
