@@ -351,7 +351,7 @@ def tell(result: dict[str, Any], options: argparse.Namespace) -> None:
         (f"first step beyond {first['torch_s']:.1f} s for torch, s", f"{first['beyond_s']:.2f}", "0.3", "0.6"),
     ]
     if options.rival:
-        rows.insert(1, ("one donor, of torchft's best", f"{result['of_rival']:.2f}", "1.00", "0.90"))
+        rows.insert(2, ("one donor, of torchft's best", f"{result['of_rival']:.2f}", "1.00", "0.90"))
     print(f"\n{'':>40}  measured  aim   at least (at most)")
     for what, measured, aim, least in rows:
         print(f"{what:>40}  {measured:>8}  {aim:>4}  {least:>4}")

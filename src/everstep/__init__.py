@@ -4,6 +4,9 @@ Names are loaded when they are used, so that `import everstep` costs what the li
 torch only where training happens.
 """
 
+import gc
+import importlib
+from types import ModuleType
 from typing import TYPE_CHECKING
 
 __version__ = "0.1.0"
@@ -62,11 +65,20 @@ def __getattr__(name: str) -> object:
     home = _HOMES.get(name)
     if home is None:
         raise AttributeError(f"module 'everstep' has no attribute {name!r}")
-    import importlib
-
-    value = getattr(importlib.import_module(home), name)
+    value = getattr(_load(home), name)
     globals()[name] = value  # `es.heartbeat` is called often
     return value
+
+
+def _load(home: str) -> ModuleType:
+    """Import it without collections of garbage: modules make none, and each collection looks through all of torch's."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        return importlib.import_module(home)
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 def __dir__() -> list[str]:
