@@ -63,6 +63,19 @@ def test_all_donors_serve_stripes_of_one_state(auth: Any) -> None:
     assert not fetch.report.differing
 
 
+def test_a_connection_for_digests_that_breaks_is_made_again(caplog: pytest.LogCaptureFixture) -> None:
+    state = state_of(MIB)
+    with donors(state, state) as offered, contextlib.ExitStack() as stack:
+        proxies = [
+            stack.enter_context(Proxy(url, lambda _offset, data: data, cut_at=b"/digests/")) for _, url in offered
+        ]
+        fetch = fetch_from([proxy.url for proxy in proxies])
+        assert_same(fetch.run(), state)
+        assert [proxy.has_cut for proxy in proxies].count(True) == 1  # of the one that became the primary
+    assert "it has to send all itself" not in caplog.text
+    assert not fetch.report.lost
+
+
 def test_where_donors_differ_the_state_is_wholly_that_of_one() -> None:
     states = []
     for number in range(3):

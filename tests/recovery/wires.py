@@ -81,13 +81,16 @@ class Running:
 class Proxy:
     """Passes connections on to `url`; `tamper(offset, data)` makes of the source's bytes what arrives.
 
-    None for bytes cuts the connection there. `without`: what it takes out of requests. It runs until the context ends.
+    None for bytes cuts the connection there. `without`: what it takes out of requests. `cut_at`: the first connection
+    on which this is asked for is cut. It runs until the context ends.
     """
 
-    def __init__(self, url: str, tamper: Tamper, without: bytes = b"") -> None:
+    def __init__(self, url: str, tamper: Tamper, without: bytes = b"", cut_at: bytes = b"") -> None:
         self._target = urlsplit(url)
         self._tamper = tamper
         self._without = without
+        self._cut_at = cut_at
+        self.has_cut = False
         self._listener = socket.create_server(("127.0.0.1", 0))
         self._stop, self._stopped = socket.socketpair()
         self._thread = threading.Thread(target=self._run, name="proxy")
@@ -132,6 +135,9 @@ class Proxy:
                 if not (asked := near.recv(1 << 16)):
                     return
                 self.asked.append(asked)
+                if self._cut_at and self._cut_at in asked and not self.has_cut:
+                    self.has_cut = True
+                    return
                 far.sendall(asked.replace(self._without, b"") if self._without else asked)
             if far in ready:
                 if not (answer := far.recv(1 << 16)):

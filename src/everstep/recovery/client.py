@@ -15,6 +15,7 @@ from everstep.recovery.gathering import Gathering, logger
 from everstep.recovery.landing import Landing
 from everstep.recovery.report import FetchReport
 from everstep.recovery.request import FetchRequest, Progress
+from everstep.recovery.worker import Worker
 
 _LOOK_S = 0.5  # so that Python runs signal handlers while it waits
 
@@ -49,24 +50,27 @@ class Fetch:
         started_at = time.monotonic()
         try:
             self._check_aborted()
-            gathering.start()
+            gathering.start(lambda number: Worker(gathering, number).run())
             with gathering.changed:
                 while not (gathering.is_complete or gathering.has_failed or self._is_aborted):
                     if time.monotonic() >= self._request.deadline:
                         break
                     gathering.changed.wait(_LOOK_S)
                 is_complete = gathering.is_complete
+                gathering.shut()  # before anybody else can make another source the primary
         finally:
             gathering.end()
             unguard()
-        self._check_aborted()
-        assembly = gathering.assembly
-        if not is_complete or assembly is None:
-            if assembly is not None:
-                assembly.discard()
-            raise gathering.fault or _worst_of(gathering.errors)
-        self._say_done(time.monotonic() - started_at)
-        return assembly.tree()
+        try:
+            self._check_aborted()
+            if not is_complete or gathering.assembly is None:
+                if gathering.assembly is not None:
+                    gathering.assembly.discard()
+                raise gathering.fault or _worst_of(gathering.errors)
+            self._say_done(time.monotonic() - started_at)
+            return gathering.assembly.tree()
+        finally:
+            gathering.forget()
 
     def abort(self) -> None:
         """Makes `run` raise StepInterrupted at once, or as soon as it is called."""

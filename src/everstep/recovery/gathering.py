@@ -5,20 +5,20 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
-from everstep.errors import EverstepError, RecoveryFailed, RemoteProtocolError, StateMismatch
+from everstep.errors import EverstepError, RecoveryFailed, StateMismatch
 from everstep.recovery.assembly import Assembly, plain_leaf
 from everstep.recovery.board import Board
 from everstep.recovery.connection import Connection, Run, Wanted
 from everstep.recovery.fit import check_fit
 from everstep.recovery.landing import Landing
 from everstep.recovery.manifest import Manifest, build, have_same_layout
-from everstep.recovery.readers import Readers, reader_count
+from everstep.recovery.notary import Asked, Notary
 from everstep.recovery.report import FetchReport
 from everstep.recovery.request import FetchRequest, Progress
-from everstep.recovery.same_host import PeerMemory
-from everstep.recovery.source import Damaged, SourceConnection
-from everstep.recovery.staging import Piece, in_host
+from everstep.recovery.source import SourceConnection
+from everstep.recovery.staging import Piece
 
 logger = logging.getLogger("everstep.recovery")
 
@@ -55,15 +55,16 @@ class Gathering:
         self._board: Board | None = None
         self._pieces: list[list[Piece]] = []
         self._threads: list[threading.Thread] = []
-        self._notary: Connection | None = None
+        self._notary = Notary(self.changed, self._learn, self._distrust)
+        self._has_notary = False  # its thread is there
         self._lost_at = 0.0  # the latest source
-        self._appointed = 0  # how often a primary was
 
     # ---- the thread of run
 
-    def start(self) -> None:
+    def start(self, work: Callable[[int], None]) -> None:
+        """`work(number)` fetches from that source, on a thread of its own."""
         for number in range(len(self.sources)):
-            self._start(lambda number=number: Worker(self, number).run(), f"everstep-fetch-{number}")  # type: ignore[misc]
+            self._start(partial(work, number), f"everstep-fetch-{number}")
 
     @property
     def is_complete(self) -> bool:
@@ -88,9 +89,16 @@ class Gathering:
 
     # ---- any thread
 
+    def forget(self) -> None:
+        """After `end`: errors hold the frames where they were raised, and those this; it holds the state no more."""
+        self.errors, self.fault, self.assembly, self._pieces = [], None, None, []
+        for source in self.sources:
+            source.connection = None
+
     def shut(self) -> None:
         with self.changed:
             self.is_over = True
+            self._notary.end()
             for connection in self._connections():
                 connection.shut()
             self.changed.notify_all()
@@ -101,12 +109,15 @@ class Gathering:
 
     def _connections(self) -> list[Connection]:
         found = [source.connection for source in self.sources]
-        return [connection for connection in (*found, self._notary) if connection is not None]
+        return [connection for connection in (*found, self._notary.connection) if connection is not None]
 
     def _start(self, run: Callable[[], None], name: str) -> None:
         thread = threading.Thread(target=self._run, args=(run,), name=name, daemon=True)
+        try:
+            thread.start()
+        except RuntimeError as error:
+            raise RecoveryFailed(f"no thread to fetch the state with: {error}") from error
         self._threads.append(thread)
-        thread.start()
 
     def _run(self, run: Callable[[], None]) -> None:
         try:
@@ -135,6 +146,8 @@ class Gathering:
     def admit(self, number: int, manifest: Manifest, snapshot_id: str) -> None:
         """It offers this. The first one is the primary."""
         with self.changed:
+            if self.is_over:
+                raise ConnectionAbortedError("cut off")
             source = self.sources[number]
             is_new = source.snapshot_id != snapshot_id
             source.manifest, source.snapshot_id = manifest, snapshot_id
@@ -178,14 +191,10 @@ class Gathering:
         assert source.manifest is not None
         self._board.appoint(number)
         self.assembly.adopt(source.manifest)
-        self._appointed += 1
-        if self._notary is not None:
-            self._notary.shut()
         if (len(self.sources) > 1 or self._board.has_landed) and not self._board.is_complete:
-            appointed, manifest, snapshot_id = self._appointed, source.manifest, source.snapshot_id
-            self._notary = self._dial(source.url, is_notary=True)
-            notary = self._notary
-            self._start(lambda: self._notarize(notary, manifest, snapshot_id, appointed), "everstep-fetch-digests")
+            self._ask_notary(source.url, source.snapshot_id, source.manifest.chunk_count)
+        else:
+            self._notary.dismiss()
         self.changed.notify_all()
 
     def has_begun(self, number: int) -> bool:
@@ -271,7 +280,7 @@ class Gathering:
             self.report.lost[source.url] = str(error)
             self.errors.append(error)
             if not self.is_over and len(self.sources) > 1:
-                logger.warning("recovery: %s serves no more: %s", source.url, error)
+                logger.warning("recovery: %s serves no more: %s", source.url, str(error))  # no frames for handlers
             if self._board is not None:
                 self._board.lose(number)
                 if self._board.primary == number:
@@ -286,26 +295,30 @@ class Gathering:
 
     # ---- the primary's digests
 
-    def _notarize(self, notary: Connection, manifest: Manifest, snapshot_id: str, appointed: int) -> None:
-        first = 0
-        try:
-            notary.connect()
-            notary.ask_for_digests(snapshot_id, range(manifest.chunk_count))
-            for digests in notary.digests(manifest.chunk_count):
-                with self.changed:
-                    if self._appointed != appointed or self._board is None or self.is_over:
-                        return
-                    self._board.learn(first, digests)
-                    self._tell()
-                first += len(digests)
-        except (OSError, EverstepError, RemoteProtocolError) as error:
-            with self.changed:
-                if self._appointed == appointed and self._board is not None and not self.is_over:
-                    logger.warning("recovery: no digests from %s: %s; it has to send all itself", notary.url, error)
-                    self._board.distrust()
-                    self._tell()
-        finally:
-            notary.close()
+    def _ask_notary(self, url: str, snapshot_id: str, chunk_count: int) -> None:
+        if not self._has_notary:
+            self._start(self._notary.run, "everstep-fetch-digests")
+            self._has_notary = True
+        retry_after_s = self.request.retry_after_s if self.request.dial is None else ()
+        asked = Asked(
+            url=url,
+            dial=lambda: self._dial(url, is_notary=True),
+            snapshot_id=snapshot_id,
+            chunk_count=chunk_count,
+            retry_after_s=retry_after_s,
+        )
+        self._notary.ask(asked)
+
+    def _learn(self, first: int, digests: list[bytes]) -> None:
+        assert self._board is not None
+        self._board.learn(first, digests)
+        self._tell()
+
+    def _distrust(self, url: str, error: Exception) -> None:
+        assert self._board is not None
+        logger.warning("recovery: no digests from %s: %s; it has to send all itself", url, str(error))
+        self._board.distrust()
+        self._tell()
 
     def _tell(self) -> None:
         """Under the lock."""
@@ -318,81 +331,3 @@ class Gathering:
             self._on_progress(done, report.total_bytes)
         if board.is_complete:  # who has nothing to do looks by himself; waking anybody for each chunk costs the rate
             self.changed.notify_all()
-
-
-class Worker:
-    """Fetches from one source, on a thread of its own, over one connection after another."""
-
-    def __init__(self, gathering: Gathering, number: int) -> None:
-        self._gathering = gathering
-        self._number = number
-        self._failures = 0  # since something arrived
-        self._may_read_memory = gathering.request.may_read_memory
-
-    def run(self) -> None:
-        gathering, number = self._gathering, self._number
-        while gathering.wait_until_needed(number):
-            connection = gathering.connection_to(number)
-            try:
-                self._fetch_over(connection)
-            except (OSError, UnicodeError, Damaged) as error:  # UnicodeError: of a host name
-                connection.close()
-                was_robbed = gathering.ended(number)
-                self._failures += not was_robbed
-                is_silent = isinstance(error, TimeoutError) and not was_robbed
-                retry_after_s = gathering.request.retry_after_s
-                if is_silent or self._failures > len(retry_after_s):
-                    return self._give_up(connection, error)
-                self._pause(retry_after_s[self._failures - 1] if self._failures else 0.0)
-            except (EverstepError, RemoteProtocolError) as error:
-                connection.close()  # first: what it was to fetch may be written by others from then on
-                gathering.ended(number)
-                return gathering.lose(number, error)  # type: ignore[arg-type]
-            finally:
-                connection.close()
-        return None
-
-    def _give_up(self, connection: Connection, error: Exception) -> None:
-        failure = RecoveryFailed(f"fetching live state from {connection.url} failed: {error}")
-        failure.__cause__ = error
-        self._gathering.lose(self._number, failure)
-
-    def _fetch_over(self, connection: Connection) -> None:
-        """Until it is over; raises when the connection is of no more use."""
-        gathering, number = self._gathering, self._number
-        connection.connect()
-        offered, its_id = connection.manifest(may_wait=not gathering.has_begun(number))
-        gathering.admit(number, offered, its_id)
-        memory = connection.memory(offered, its_id) if self._may_read_memory else None
-        while (todo := gathering.next_run(number)) is not None:
-            if memory is not None:
-                self._read(connection, memory, todo)
-                continue
-            connection.ask_for_chunks(todo.manifest, todo.snapshot_id, todo.chunks, with_digests=todo.needs_digests)
-            for chunk in todo.chunks:
-                pieces = gathering.pieces_of(chunk)
-                gathering.landed(number, chunk, *connection.receive(pieces))
-                self._failures = 0
-
-    def _read(self, connection: Connection, memory: PeerMemory, todo: Run) -> None:
-        """From the source's memory, while it computes the digests."""
-        gathering, chunks = self._gathering, todo.chunks
-        connection.ask_for_digests(todo.snapshot_id, chunks)
-        gathering.report.transport[connection.url] = "memory"
-        left = iter(chunks)
-        with Readers(memory, todo.manifest, lambda chunk: in_host(gathering.pieces_of(chunk))) as readers:
-            readers.start(chunks, reader_count(len(gathering.sources)))
-            for digests in connection.digests(len(chunks)):
-                for sent, chunk in zip(digests, left, strict=False):
-                    try:
-                        computed = readers.digest_of(chunk)
-                    except PermissionError:
-                        self._may_read_memory = False
-                        raise
-                    gathering.landed(self._number, chunk, sent, computed)
-                    self._failures = 0
-
-    def _pause(self, seconds: float) -> None:
-        if seconds > 0:
-            with self._gathering.changed:
-                self._gathering.changed.wait_for(lambda: self._gathering.is_over, seconds)

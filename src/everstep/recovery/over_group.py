@@ -12,6 +12,7 @@ from everstep.recovery.auth import TransferAuth
 from everstep.recovery.client import Fetch
 from everstep.recovery.connection import Connection, Wanted
 from everstep.recovery.giving import Gift, Giving
+from everstep.recovery.manifest import Limits
 from everstep.recovery.peers import Peers
 from everstep.recovery.report import FetchReport
 from everstep.recovery.request import FetchRequest
@@ -22,6 +23,7 @@ from everstep.recovery.transport import Place, Transfer
 
 SETTLE_S = 30.0  # it takes milliseconds, and a third of a second where Gloo does not close a connection
 DEVICE_BYTES_MIN = 64 << 20  # building lane DEVICE takes some tenths of a second
+STALL_S = 15.0  # a donor that says nothing for so long has stopped
 _JOIN_S = 5.0
 
 MakePeers = Callable[[Place, Transfer, int], Peers]
@@ -112,20 +114,36 @@ class GroupFetch:
     def __init__(self, peers: Peers, transfer: Transfer, arrival: Arrival, transport: GroupTransport) -> None:
         self._peers = peers
         self._transport = transport
-        self._members = tuple(peer.name for peer in (transfer.joiner, *transfer.donors))
-        self._staging = arrival.landing.staging
+        self._members = members = tuple(peer.name for peer in (transfer.joiner, *transfer.donors))
         self._is_aborted = False
-        _, first, *others = self._members
-        self._request = FetchRequest(
+        auth, limits, staging = transport.auth, Limits(), arrival.landing.staging
+
+        def dial(wanted: Wanted) -> Connection:  # holds nothing of the fetch, which holds it
+            taken = Taken(
+                members=members,
+                donor=members.index(wanted.url),
+                key=transfer.key,
+                auth=auth,
+                limits=limits,
+                stall_s=STALL_S,
+                staging=staging,
+                device_bytes_min=transport.device_bytes_min,
+            )
+            return DonorConnection(peers, taken, wanted)
+
+        _, first, *others = members
+        request = FetchRequest(
             source_url=first,
             other_urls=tuple(others),
             key=transfer.key,
             deadline=math.inf,  # a failure of a donor aborts it; a slow one is waited for
+            stall_timeout_s=STALL_S,
+            limits=limits,
             expected=arrival.expected,
-            auth=transport.auth,
-            dial=self._dial,
+            auth=auth,
+            dial=dial,
         )
-        self._fetch = Fetch(self._request, arrival.on_progress, arrival.landing)
+        self._fetch = Fetch(request, arrival.on_progress, arrival.landing)
 
     @property
     def report(self) -> FetchReport:
@@ -156,16 +174,3 @@ class GroupFetch:
             raise RecoveryFailed(f"no group with {', '.join(self._members[1:])}: {error}") from error
         for name in self._members[1:]:
             self.report.transport[name] = GroupTransport.name
-
-    def _dial(self, wanted: Wanted) -> Connection:
-        taken = Taken(
-            members=self._members,
-            donor=self._members.index(wanted.url),
-            key=self._request.key,
-            auth=self._request.auth,
-            limits=self._request.limits,
-            stall_s=self._request.stall_timeout_s,
-            staging=self._staging,
-            device_bytes_min=self._transport.device_bytes_min,
-        )
-        return DonorConnection(self._peers, taken, wanted)

@@ -5,6 +5,7 @@ import threading
 from collections.abc import Callable
 from types import TracebackType
 
+from everstep.errors import RecoveryFailed
 from everstep.recovery.manifest import Manifest
 from everstep.recovery.same_host import PeerMemory
 from everstep.recovery.snapshot import digest_of
@@ -31,8 +32,11 @@ class Readers:
         self._left = list(chunks)[::-1]
         for _ in range(min(count, len(chunks))):
             thread = threading.Thread(target=self._run, name="everstep-fetch-memory", daemon=True)
+            try:
+                thread.start()
+            except RuntimeError as error:
+                raise RecoveryFailed(f"no thread to read a donor's memory with: {error}") from error
             self._threads.append(thread)
-            thread.start()
         return self
 
     def digest_of(self, chunk: int) -> bytes:
@@ -52,6 +56,7 @@ class Readers:
             self._left = []
         for thread in self._threads:
             thread.join()
+        self._failed.clear()  # an error that was raised holds its frames, and they this
 
     def _run(self) -> None:
         while (chunk := self._next()) is not None:
@@ -63,6 +68,7 @@ class Readers:
             self._memory.read(*self._manifest.chunk_range(chunk), pieces)
             digest = digest_of(pieces)
         except Exception as error:  # boundary of a thread: raised where the chunk is waited for
+            error.with_traceback(None)  # its frames hold the memory that is read into
             with self._changed:
                 self._failed |= dict.fromkeys((chunk, *self._left), error)  # what others are reading may still come
                 self._left = []

@@ -10,7 +10,7 @@ class FetchReport:
     total_bytes: int = 0
     done_bytes: int = 0
     prepared_at: float = 0.0  # on time.monotonic(): a manifest is here, it fits, and there is memory for the state
-    digest_errors: int = 0  # chunks and manifests that arrived damaged, and were fetched again
+    digest_errors: int = 0  # chunks that arrived damaged, and were fetched again
     differing: int = 0  # chunks that one source had otherwise than the one that counts
     retries: int = 0  # connections that failed and were made again
     bytes_from: dict[str, int] = field(default_factory=dict)

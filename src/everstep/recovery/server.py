@@ -210,7 +210,7 @@ class _Connection:
 
     def _serve_request(self, deadline: float) -> bool:
         """False when the connection is over."""
-        text = self.wire.read_head(deadline)
+        text = self.wire.read_head(deadline, is_idle=True)
         if not text:
             return False
         head = parse_head(text)

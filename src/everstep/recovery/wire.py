@@ -5,6 +5,7 @@ few hundred KB; SO_RCVTIMEO and SO_SNDTIMEO let one call move a whole chunk. `sh
 """
 
 import contextlib
+import math
 import socket
 import struct
 import threading
@@ -16,6 +17,8 @@ from everstep.errors import RemoteProtocolError
 HEAD_BYTES_MAX = 16 << 10
 _BUFFERS_MAX = 512  # of one call; the kernel takes 1024
 _LOCAL_SEND_BYTES = 512 << 10
+_LIMIT_MAX_S = 1e6  # of what a timeval is sure to hold
+_LAST_DATA_RECEIVED = struct.Struct("@52xI")  # tcp_info's tcpi_last_data_recv, in ms: linux/tcp.h
 
 
 class Wire:
@@ -72,8 +75,9 @@ class Wire:
             left = [buffer for buffer in buffers[begin : begin + _BUFFERS_MAX] if len(buffer)]
             while left and self._ahead:
                 left = _without(left, self._take_ahead(left[0]))
+            quiet_s = 0.0
             while left:
-                self._wait_at_most(deadline)
+                self._wait_at_most(deadline, self._stall_timeout_s - quiet_s)
                 try:
                     received = self._socket.recvmsg_into(left, 0, socket.MSG_WAITALL)[0]
                 except BlockingIOError as error:
@@ -81,13 +85,18 @@ class Wire:
                 if received == 0:
                     raise ConnectionResetError("the connection was closed in the middle")
                 left = _without(left, received)
+                # The kernel's limit is for the whole call: one that returns some bytes may have waited for more.
+                quiet_s = self._quiet_s() if left else 0.0
 
-    def read_head(self, deadline: float) -> bytes:
-        """Up to the first empty line; b"" when the other side closed instead. The body, if any, comes next."""
+    def read_head(self, deadline: float, *, is_idle: bool = False) -> bytes:
+        """Up to the first empty line; b"" when the other side closed instead. The body, if any, comes next.
+
+        `is_idle`: nothing was asked for, so that only the deadline ends it.
+        """
         while (end := self._ahead.find(b"\r\n\r\n")) < 0:
             if len(self._ahead) > HEAD_BYTES_MAX:
                 raise RemoteProtocolError(f"a head of more than {HEAD_BYTES_MAX} bytes")
-            self._wait_at_most(deadline)
+            self._wait_at_most(deadline, math.inf if is_idle else self._stall_timeout_s)
             try:
                 received = self._socket.recv(HEAD_BYTES_MAX)
             except BlockingIOError as error:
@@ -106,11 +115,16 @@ class Wire:
         self._ahead = self._ahead[taken:]
         return taken
 
-    def _wait_at_most(self, deadline: float) -> None:
+    def _wait_at_most(self, deadline: float, patience_s: float) -> None:
         remaining = deadline - time.monotonic()
-        if remaining <= 0:
-            raise TimeoutError("the deadline has passed")
-        self._limit(socket.SO_RCVTIMEO, min(self._stall_timeout_s, remaining))
+        if remaining <= 0 or patience_s <= 0:
+            raise TimeoutError("the deadline has passed" if remaining <= 0 else "nothing arrived in time")
+        self._limit(socket.SO_RCVTIMEO, min(patience_s, remaining, _LIMIT_MAX_S))
+
+    def _quiet_s(self) -> float:
+        """How long nothing has arrived at all."""
+        info = self._socket.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _LAST_DATA_RECEIVED.size)
+        return float(_LAST_DATA_RECEIVED.unpack(info)[0]) / 1e3
 
     def _limit(self, option: int, seconds: float) -> None:
         if self._limits.get(option) == seconds:
