@@ -182,6 +182,7 @@ def test_every_shell_command_is_one_that_this_file_knows() -> None:
         r"everstep lighthouse( --[\w-]+ \S+)*",  # the flags: below
         r"everstep run .*train\.py( --lr \S+)?",  # launcher/test_launcher_documents
         r"everstep run .*examples/train_ddp\.py --steps \d+",  # launcher/test_training
+        r"kill -9 \$\(pgrep -n -f -- '-u examples/train_ddp\.py'\)",  # the title: launcher/test_script
         r"export( [A-Z_]+=\S+)+",  # test_examples, and the next
         r"REPLICA_GROUP_ID=\d (python|torchrun --standalone --nproc-per-node 1) examples/train_ddp\.py --steps \d+",
         r"everstep (status|admit \S+)( --lighthouse \S+)?",  # lighthouse/test_command

@@ -70,7 +70,7 @@ def lighthouse(
     port: Annotated[int, typer.Option(help="TCP port; 0 takes any free one.")] = LIGHTHOUSE_PORT,
     bind: Annotated[str, typer.Option(help="Address to listen on; beyond loopback a token is required.")] = "127.0.0.1",
     min_replicas: Annotated[int, typer.Option(help="Commit no step with fewer replica groups.")] = 1,
-    join_timeout: Annotated[float, typer.Option(help="Seconds to wait for groups that do not answer.")] = 10.0,
+    join_timeout: Annotated[float, typer.Option(help="Seconds to wait for groups that do not come or answer.")] = 10.0,
     heartbeat_timeout: Annotated[float, typer.Option(help="Seconds of silence that make a member suspect.")] = 2.0,
     state_dir: Annotated[Path | None, typer.Option(help="Where to remember jobs over a restart.")] = None,
     token_file: Annotated[Path | None, typer.Option(help="File of the job token, mode 0600.")] = None,

@@ -10,7 +10,7 @@ package reads the environment, and nothing writes it, but for `replace_environme
 | EVERSTEP_TOKEN_FILE, EVERSTEP_TOKEN | the job token: its file (mode 0600), or itself |
 | EVERSTEP_TLS_CA | PEM file of the authority that signed the lighthouse's certificate |
 | REPLICA_GROUP_ID | this replica group's stable name |
-| NUM_REPLICA_GROUPS | how many groups found the job together |
+| NUM_REPLICA_GROUPS | how many groups the first step waits for |
 | EVERSTEP_PROACTIVE_RECOVERY | 0: a notice of a failure interrupts nothing; collectives must fail by themselves |
 | RANK, WORLD_SIZE | this process among the ranks of its group, as torchrun sets them; unset: a group of one |
 | EVERSTEP_GROUP_LEADER | `host:port` where rank 0 of the group listens for the others; unset: torchrun's store says |

@@ -13,7 +13,7 @@ class ExitCode(enum.IntEnum):
     LIGHTHOUSE_UNREACHABLE = 91  # nothing answered at the lighthouse's address in time
     DRAINED = 92  # this node was told to leave (SIGTERM) and has left; start it elsewhere, or not at all
     DO_NOT_RESTART = 93  # what failed would fail again: a crash loop, no restarts left, a job that others have ended
-    EVICTED = 94  # the others went on without this node or group; it may come back as a newcomer
+    EVICTED = 94  # reserved: the others went on without it. Today what was evicted comes back by itself
     STUCK = 95  # the training thread stood still; every thread's stack is on stderr
 
     @property

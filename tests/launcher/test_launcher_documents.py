@@ -47,17 +47,19 @@ def test_the_sbatch_script_is_one() -> None:
     assert {"nodes", "ntasks-per-node", "gpus-per-node", "no-kill", "signal"} <= set(directives)
 
 
-def test_each_node_of_the_slurm_job_runs_a_group_of_its_own() -> None:
+def test_each_gpu_of_the_slurm_job_is_a_group_of_its_own() -> None:
+    """The example's model is whole on each rank, and nothing is averaged between the ranks of one group."""
     (words,) = commands(SBATCH.read_text(), "run")
-    exported = {"EVERSTEP_LIGHTHOUSE": "node0:29520", "EVERSTEP_JOB_ID": "77", "NUM_REPLICA_GROUPS": "4"}
+    exported = {"EVERSTEP_LIGHTHOUSE": "node0:29520", "EVERSTEP_JOB_ID": "77", "NUM_REPLICA_GROUPS": "32"}
     for name in exported:
         assert f"export {name}=" in SBATCH.read_text()
     nodes = [
         typed(words, exported | {"SLURM_NODEID": str(n), "SLURM_PROCID": str(n), "SLURM_NTASKS": "4"}, devices=8)
         for n in range(4)
     ]
-    assert [node.replica_groups for node in nodes] == [("0",), ("1",), ("2",), ("3",)]
-    assert {(node.lighthouse, node.job_id, node.nproc_per_node) for node in nodes} == {("http://node0:29520", "77", 8)}
+    assert [node.replica_groups for node in nodes] == [tuple(str(8 * n + i) for i in range(8)) for n in range(4)]
+    assert {(node.lighthouse, node.job_id, node.nproc_per_node) for node in nodes} == {("http://node0:29520", "77", 1)}
+    assert {node.replica_groups_total for node in nodes} == {32}
     assert {node.restart_policy for node in nodes} == {RestartPolicyName.GROUP}
 
 

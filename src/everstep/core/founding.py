@@ -51,7 +51,7 @@ class FoundingDesk:
             return self._found()
         if now >= self._deadline:
             self._deadline = now + state.config.join_timeout_s
-        why = f"{here} replica groups are here; {max(self._expected, self._minimum)} found the job together"
+        why = f"{here} of {max(self._expected, self._minimum)} replica groups are here"
         return self._say(why, now)
 
     def _why_strangers(self) -> str:

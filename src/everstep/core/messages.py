@@ -79,7 +79,7 @@ class Hello(msgspec.Struct, frozen=True, tag="hello"):
     store: str = ""
     recovery: str = ""
     lighthouse: str = ""  # identity that Welcome told it; "" in a fresh process
-    expected_replicas: int = 0  # how many groups found the job together; 0: not known
+    expected_replicas: int = 0  # how many groups the first step waits for; 0: not known
     min_replicas: int = 1
     init_sync: bool = True
     start_step: int = 0  # the step a fresh process starts from (a checkpoint on disk)

@@ -43,7 +43,8 @@ def lighthouse_of(settings: JobSettings) -> Iterator[str]:
             log.info("another process has the lighthouse: %s", error)
             yield settings.lighthouse
             return
-        log.info("lighthouse in this agent listens on %s", lighthouse.address)
+        here, job = lighthouse.address, settings.job_id
+        log.info("lighthouse in this agent: everstep status --lighthouse %s --job %s", here, job)
         yield settings.lighthouse or lighthouse.url
         deadline = time.monotonic() + OTHERS_S
         while lighthouse.links > 0 and time.monotonic() < deadline:

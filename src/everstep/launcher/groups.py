@@ -64,7 +64,7 @@ def group_ids(values: Values, place: Place) -> tuple[str, ...]:
 
 
 def groups_in_total(values: Values, place: Place, groups: int) -> int:
-    """How many found the job together; 0: not known."""
+    """How many the first step waits for; 0: not known."""
     given = values.optional_integer("num_replica_groups")
     if given is None:
         return groups if place.is_alone else 0

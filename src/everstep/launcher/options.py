@@ -28,7 +28,7 @@ OUR_OPTIONS: tuple[Option, ...] = (
     ours(
         "num_replica_groups",
         "NUM_REPLICA_GROUPS",
-        "Replica groups that found the job together, on all nodes.",
+        "Replica groups that the first step waits for, on all nodes.",
         kind=Kind.INTEGER,
     ),
     ours(

@@ -43,7 +43,7 @@ class JobSettings:
     max_nodes: int = 1
     nproc_per_node: int = 1  # workers on this node of one replica group, or of the world
     replica_groups: tuple[str, ...] = ()  # ids of those that this node runs a part of; (): a plain world, as torchrun's
-    replica_groups_total: int = 0  # how many found the job together, NUM_REPLICA_GROUPS; 0: not known
+    replica_groups_total: int = 0  # how many the first step waits for, NUM_REPLICA_GROUPS; 0: not known
     devices: tuple[tuple[str, ...], ...] = ()  # for each of `replica_groups` its CUDA_VISIBLE_DEVICES; (): not split
     virtual_local_rank: bool = False  # LOCAL_RANK is 0 for every worker, and it sees its own device only
 

@@ -50,8 +50,8 @@ MEETING = (
     torchruns(
         "rdzv_id",
         HONOURED,
-        "The job at the lighthouse; by default `EVERSTEP_JOB_ID`, else a random one for a single node without replica "
-        "groups, else `default`.",
+        "The job at the lighthouse; by default `EVERSTEP_JOB_ID`, else a random one for a single node that has its "
+        "lighthouse in its agent, or no replica groups, else `default`.",
         "The job's id.",
         "none",
     ),

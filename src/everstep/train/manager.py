@@ -62,8 +62,8 @@ class Manager:
       Only where the script has no handler of its own, and only from the main thread.
     - `drain_grace_s`: how long a leaver waits for somebody to take its place before it leaves as it is.
 
-    All methods belong to the training thread, but for `report_error`. Raises ConfigError, LighthouseUnreachable and
-    LighthouseRefused when it starts, or at the next step when it happens later.
+    All methods belong to the training thread, but for `report_error` and `drain`. Raises ConfigError,
+    LighthouseUnreachable and LighthouseRefused when it starts, or at the next step when it happens later.
     """
 
     def __init__(
@@ -121,7 +121,10 @@ class Manager:
     # ---- life
 
     def start(self) -> "Manager":
-        """Join the job: what `with` does. Blocks until the lighthouse has accepted this process."""
+        """Connect to the lighthouse: what `with` does. Blocks until it has accepted this process.
+
+        The group joins at its first step; what it may be refused for then shows there.
+        """
         if self._presence is not None:
             raise ConfigError("the Manager is started already")
         settings: ManagerSettings = manager_settings(**self._arguments)
@@ -173,7 +176,8 @@ class Manager:
     def section(self, name: str) -> Iterator[None]:
         """While it is open this group may keep the others waiting as long as it likes: validation, checkpoints.
 
-        Otherwise a group that all others wait for is evicted after a limit learned from the job's steps.
+        Otherwise a group that all others wait for is evicted after a limit learned from the job's steps. The rank
+        monitor of `everstep run` has a learned limit for each section all the same, of 300 s at least (docs/hangs.md).
         """
         replica = self._here().replica
         with self._here().phases.section(name):
