@@ -80,7 +80,7 @@ def donate(mib: int, pipe: Any) -> None:
     torch.set_num_threads(1)
     state = state_of(mib, 1)
     plain, tuned = (socket.create_server(("127.0.0.1", 0)) for _ in range(2))
-    threading.Thread(target=_serve_bare, args=(plain, state, id), daemon=True).start()
+    threading.Thread(target=_serve_bare, args=(plain, state, lambda _: None), daemon=True).start()
     threading.Thread(target=_serve_bare, args=(tuned, state, suit_one_host), daemon=True).start()
     with RecoveryServer() as server, contextlib.closing(GroupDonor()) as over_group:
         url = server.start("127.0.0.1", "127.0.0.1")

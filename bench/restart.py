@@ -224,6 +224,7 @@ def main() -> None:
     parser.add_argument("--without-torchrun", action="store_true", help="measure everstep alone")
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # nothing of either launcher stays
     result: dict[str, object] = {"cores": os.cpu_count(), "machine": platform.machine()}
     if not args.json:
         print(f"{platform.machine()}, {os.cpu_count()} cores; ms, min / median / max")
